@@ -1,0 +1,45 @@
+# memopt: every target sets up what it needs, from python3 (3.11 or newer) alone.
+PYTHON ?= python3
+RECIPE ?= digits
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.memopt-setup
+SOURCES := runtimes models exporter
+
+.DEFAULT_GOAL := help
+.PHONY: help setup export test check lint types pytest fix bench gpu clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+setup: $(STAMP) ## make .venv and install memopt with all it needs
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "memopt: error: $(PYTHON) is older than 3.11; hint: make PYTHON=python3.11" >&2; exit 5; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+export: $(STAMP) ## the main job: train, prune, distill, export, quantize, build, pack, compare (RECIPE=digits)
+	@$(BIN)/memopt-export pipeline $(RECIPE)
+
+test: lint types pytest ## ruff, mypy --strict, pytest with doctests
+check: test ## the same as test: what CI runs
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(SOURCES) tests
+	$(BIN)/ruff format --check $(SOURCES) tests
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+pytest: $(STAMP)
+	$(BIN)/pytest
+
+fix: $(STAMP) ## repair what ruff can repair
+	$(BIN)/ruff check --fix $(SOURCES) tests
+	$(BIN)/ruff format $(SOURCES) tests
+
+clean: ## remove what export and test made; the .venv stays
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache

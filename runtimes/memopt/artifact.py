@@ -1,0 +1,72 @@
+"""An artifact: the bytes that a runtime opens, mapped and not copied, with what is known of them."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+from memopt.errors import InputRefused, IntegrityError
+from memopt.manifest import EngineInfo, from_json
+
+# File ending -> kind.
+KINDS = {".onnx": "onnx", ".engine": "engine", ".pt2": "pt2"}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One model file, or one variant of a bundle.
+
+    `path` is a file of its own where there is one; `data` is the model and `weights` the external initializers,
+    both read-only views of mapped files.
+    """
+
+    name: str
+    kind: str  # "onnx", "engine", "pt2"
+    data: memoryview
+    size_bytes: int  # on disk, external initializers included
+    path: Path | None = None
+    weights: memoryview | None = None
+    weights_location: str | None = None  # the name by which the graph calls its external initializers
+    engine: EngineInfo | None = None
+
+
+def open_artifact(path: Path) -> Artifact:
+    """The artifact in an .onnx, .engine or .pt2 file. An engine needs its sidecar, `X.engine.json`.
+
+    Raises:
+        InputRefused: missing, empty or of another kind.
+    """
+    if path.suffix not in KINDS:
+        raise InputRefused(f"{path} is no model file", hint="one of *" + ", *".join(KINDS) + ", *.mopt")
+    data = map_file(path)
+    external = path.with_name(path.name + ".data")
+    size_bytes = len(data) + (external.stat().st_size if path.suffix == ".onnx" and external.is_file() else 0)
+    engine = read_sidecar(path) if path.suffix == ".engine" else None
+    return Artifact(path.name, KINDS[path.suffix], data, size_bytes, path=path, engine=engine)
+
+
+def read_sidecar(path: Path) -> EngineInfo:
+    """What is known of the engine at `path`, from `X.engine.json` beside it."""
+    sidecar = path.with_name(path.name + ".json")
+    if not sidecar.is_file():
+        raise InputRefused(
+            f"{path} has no {sidecar.name} beside it", hint="memopt-export engine MODEL.onnx writes both"
+        )
+    try:
+        return from_json(EngineInfo, sidecar.read_bytes(), where=sidecar.name)
+    except IntegrityError as error:
+        raise InputRefused(str(error)) from error
+
+
+def map_file(path: Path) -> memoryview:
+    """The file's bytes, read-only, file-backed and shared with every other process that maps it."""
+    try:
+        with path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except FileNotFoundError as error:
+        raise InputRefused(f"{path} does not exist") from error
+    except IsADirectoryError as error:
+        raise InputRefused(f"{path} is a directory") from error
+    except ValueError as error:  # mmap of an empty file
+        raise InputRefused(f"{path} is empty") from error

@@ -1,0 +1,308 @@
+"""The manifest of a bundle: frozen values, read strictly from JSON and written deterministically.
+
+`memopt.json` says what a bundle holds: the model's inputs and outputs, how a picture becomes an input, every variant
+with its engine and its memory, the golden samples, the lineage back to the weights, and the digest of every file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from memopt.errors import IntegrityError
+from memopt.tensors import TensorSpec
+
+FORMAT = "memopt.bundle"
+SCHEMA = "1.0"
+MAX_MANIFEST_BYTES = 4 * 2**20
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The shapes one optimization profile of an engine covers, and the activation memory it needs."""
+
+    min: dict[str, tuple[int, ...]]
+    opt: dict[str, tuple[int, ...]]
+    max: dict[str, tuple[int, ...]]
+    activation_bytes: int | None = None
+
+    @property
+    def batches(self) -> tuple[int, int]:
+        """Smallest and largest batch, read off the first input."""
+        name = next(iter(self.min))
+        return self.min[name][0], self.max[name][0]
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """Everything needed to refuse or to rebuild an engine before its bytes reach TensorRT."""
+
+    flavor: str  # "tensorrt" or "tensorrt-rtx"
+    version: str  # of the library that built it, four parts
+    targets: tuple[str, ...]  # "sm86", ...
+    os: str
+    arch: str
+    profiles: tuple[Profile, ...]
+    weights_bytes: int | None
+    onnx_sha256: str  # of the graph it was built from
+    upper_bound: bool = True  # activation_bytes hold for any data (REQUIRE_USER_ALLOCATION)
+    build_seconds: float | None = None
+    build_peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class MemoryPoint:
+    """The measured bill of one variant at one batch, above the runtime's own baseline, in bytes."""
+
+    batch: int
+    private_bytes: int | None
+    file_backed_bytes: int | None
+    peak_bytes: int | None
+    method: str
+    runtime: str
+
+
+@dataclass(frozen=True)
+class VariantMemory:
+    """Static numbers of a variant and the points measured when it was built."""
+
+    file_bytes: int
+    weights_bytes: int
+    activation_bytes: int | None  # planned peak at batch 1
+    measured: tuple[MemoryPoint, ...] = ()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the model: an ONNX graph, or an engine made from one."""
+
+    id: str
+    network: str  # "dense", "pruned", "student"
+    precision: str  # "fp32", "fp16", "int8"
+    runtime: str  # which runtime's artifact it is: "onnxruntime", "tensorrt", "tensorrt-rtx"
+    model: str  # path in the bundle
+    weights_sha256: str  # of the checkpoint the variant comes from
+    memory: VariantMemory
+    weights: str | None = None  # path of external initializers
+    engine: EngineInfo | None = None
+    source: str | None = None  # id of the ONNX variant an engine was built from
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Samples with the outputs of the reference variant: a device proves itself against them."""
+
+    file: str
+    reference: str  # id of the variant that made the outputs
+    atol: dict[str, float]  # by variant id: the difference seen at build, with head room
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the lineage."""
+
+    stage: str
+    output_sha256: str
+    parents: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class File:
+    """One entry of the bundle."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole description of a bundle."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    variants: tuple[Variant, ...]
+    files: tuple[File, ...]
+    format: str = FORMAT
+    schema: str = SCHEMA
+    task: str = "image-classification"
+    labels: str | None = None  # path in the bundle, one label a line
+    preprocess: tuple[dict[str, Any], ...] = ()
+    golden: Golden | None = None
+    lineage: tuple[Stage, ...] = ()
+    producer: dict[str, str] = field(default_factory=dict)  # tool -> version
+    license: str | None = None  # SPDX
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise IntegrityError(f"format is {self.format!r}, expected {FORMAT!r}")
+        if self.schema.partition(".")[0] != SCHEMA.partition(".")[0]:
+            raise IntegrityError(
+                f"manifest schema is {self.schema}, this memopt reads {SCHEMA}", hint="pip install -U memopt"
+            )
+        _unique("variant id", [variant.id for variant in self.variants])
+        _unique("file", [file.path for file in self.files])
+        paths = {file.path for file in self.files}
+        for path in self._references():
+            if path not in paths:
+                raise IntegrityError(f"the manifest speaks of {path!r}, which is not among its files")
+        for file in self.files:
+            if not re.fullmatch(r"[0-9a-f]{64}", file.sha256) or file.size_bytes < 0:
+                raise IntegrityError(f"file {file.path!r} has no valid size and sha256")
+        ids = {variant.id for variant in self.variants}
+        for variant in self.variants:
+            if variant.source is not None and variant.source not in ids:
+                raise IntegrityError(
+                    f"variant {variant.id!r} comes from {variant.source!r}, which is not in the bundle"
+                )
+
+    def variant(self, variant_id: str) -> Variant:
+        """The variant with this id; IntegrityError names the ids there are."""
+        for variant in self.variants:
+            if variant.id == variant_id:
+                return variant
+        raise IntegrityError(f"no variant {variant_id!r}", hint="one of " + ", ".join(v.id for v in self.variants))
+
+    def _references(self) -> list[str]:
+        named = [self.labels, self.golden.file if self.golden else None]
+        for variant in self.variants:
+            named += [variant.model, variant.weights]
+        return [path for path in named if path is not None]
+
+
+def encode(manifest: Manifest) -> bytes:
+    """UTF-8 JSON with sorted keys: equal manifests give equal bytes."""
+    return to_json(manifest).encode() + b"\n"
+
+
+def decode(data: bytes) -> Manifest:
+    """The manifest in these bytes; the inverse of `encode`.
+
+    Raises:
+        IntegrityError: not JSON, too large, too deep, a duplicate or unknown key, a wrong type, an impossible value.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise IntegrityError(f"the manifest has {len(data)} bytes, at most {MAX_MANIFEST_BYTES} are read")
+    return from_json(Manifest, data, where="memopt.json")
+
+
+def to_json(value: Any) -> str:
+    """Deterministic JSON of a dataclass; fields that are None are left out."""
+    return json.dumps(to_plain(value), indent=1, sort_keys=True, allow_nan=False)
+
+
+def to_plain(value: Any) -> Any:
+    """The value as dicts, lists and scalars; None fields of dataclasses are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {name: to_plain(item) for name, item in fields.items() if item is not None}
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def from_json(cls: type[T], data: bytes, *, where: str) -> T:
+    """A dataclass read strictly from JSON bytes; `where` names the place in error messages."""
+    return from_plain(cls, _load_strictly(data, where), where=where)
+
+
+def from_plain(cls: type[T], value: Any, *, where: str) -> T:
+    """A value of type `cls` (a dataclass, tuple, dict, optional or scalar) from plain JSON values, nothing guessed.
+
+    >>> from_plain(TensorSpec, {"name": "x", "dtype": "float32", "shape": ["batch", 10]}, where="x").shape
+    ('batch', 10)
+    """
+    return typing.cast(T, _read(cls, value, where))
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, value, where)
+    if origin in (typing.Union, types.UnionType):
+        return _read_union(arguments, value, where)
+    if origin is tuple:
+        items = _expect(list, value, where)
+        return tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+    if origin is dict:
+        entries = _expect(dict, value, where)
+        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in entries.items()}
+    if kind is Any:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    return _expect(kind, value, where)
+
+
+def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
+    entries = _expect(dict, value, where)
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(entries) - set(hints))
+    if unknown:
+        raise IntegrityError(f"{where}: unknown field {unknown[0]!r}")
+    for field_ in dataclasses.fields(kind):
+        required = field_.default is dataclasses.MISSING and field_.default_factory is dataclasses.MISSING
+        if required and field_.name not in entries and type(None) not in typing.get_args(hints[field_.name]):
+            raise IntegrityError(f"{where}: field {field_.name!r} is missing")
+    values = {name: _read(hints[name], item, f"{where}.{name}") for name, item in entries.items()}
+    optional = {f.name: None for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING
+                and f.default_factory is dataclasses.MISSING and f.name not in values}  # fmt: skip
+    return kind(**values, **optional)
+
+
+def _read_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    kinds = [kind for kind in arguments if kind is not type(None)]
+    for kind in kinds:
+        if kind is type(value) or (len(kinds) == 1):
+            return _read(kind, value, where)
+    raise IntegrityError(f"{where}: {value!r} is none of {', '.join(kind.__name__ for kind in kinds)}")
+
+
+def _expect(kind: Any, value: Any, where: str) -> Any:
+    if type(value) is not kind:
+        raise IntegrityError(f"{where}: expected {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _load_strictly(data: bytes, where: str) -> Any:
+    """JSON without duplicate keys, NaN, infinities or absurd depth."""
+
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _unique(f"{where}: key", [key for key, _ in pairs])
+        return dict(pairs)
+
+    def no_constant(name: str) -> Any:
+        raise IntegrityError(f"{where}: {name} is not a number in JSON")
+
+    def finite(text: str) -> float:
+        number = float(text)
+        return number if abs(number) != float("inf") else no_constant(text)
+
+    if max(data.count(b"["), data.count(b"{")) > 100_000:
+        raise IntegrityError(f"{where}: too many nested values")
+    try:
+        return json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=no_constant, parse_float=finite)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{where} is not valid JSON: {error}") from error
+
+
+def _unique(what: str, names: list[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise IntegrityError(f"{what} {name!r} stands twice")
+        seen.add(name)

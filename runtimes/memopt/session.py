@@ -1,0 +1,65 @@
+"""The borders: what every runtime offers, and what an open model answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from memopt.artifact import Artifact
+from memopt.tensors import Array, TensorSpec
+
+
+class Session(Protocol):
+    """One open model on one device. `run` may be called from several threads."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` expects."""
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` returns, in order."""
+
+    @property
+    def placement(self) -> str:
+        """Where the work really runs, as the library says it, such as "CPUExecutionProvider"."""
+
+    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
+        """The outputs, in order. The arrays belong to the caller.
+
+        Raises:
+            InputRefused: names, dtypes or shapes do not fit.
+            BackendError: the library failed.
+        """
+
+    def close(self) -> None:
+        """Frees what the session holds; closing twice is harmless. A later `run` raises BackendError."""
+
+
+class Runtime(Protocol):
+    """A library that opens artifacts. Modules and objects both serve."""
+
+    NAME: str
+    DEVICES: tuple[str, ...]  # of "cpu", "cuda"
+
+    def version(self) -> str | None:
+        """The library's version; None when it is not installed. Must not create a context on a device."""
+
+    def unavailable(self, device: str) -> str | None:
+        """Why nothing can run here on `device`; None when it can."""
+
+    def refuses(self, artifact: Artifact) -> str | None:
+        """Why this runtime cannot open this artifact on any machine; None when it can."""
+
+    def open(self, artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> Session:
+        """A session.
+
+        Args:
+            artifact: what to open.
+            device: one of DEVICES; never another one than was asked for.
+            threads: threads within one operator; 0 lets the library choose.
+
+        Raises:
+            BackendError: the runtime or device is not available, or refuses the artifact.
+            IntegrityError: the bytes are not what the manifest says.
+        """
