@@ -1,4 +1,4 @@
-"""Pictures from files: PNG, PGM/PPM and .npy without any library, everything else through Pillow where it is installed."""
+"""Pictures from files: PNG, PGM/PPM and .npy without any library, everything else through Pillow."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def _read_png(data: bytes) -> Array | None:
         raise ValueError(f"PNG data has {len(raw)} bytes, {length} expected")
     pixels = _unfilter(np.frombuffer(raw, np.uint8).reshape(height, -1), channels).reshape(height, width, channels)
     if color == 3:
-        return np.frombuffer(chunks[b"PLTE"], np.uint8).reshape(-1, 3)[pixels[..., 0]]
+        palette: Array = np.frombuffer(chunks[b"PLTE"], np.uint8).reshape(-1, 3)
+        return palette[pixels[..., 0]]
     return pixels[..., : 1 if color in (0, 4) else 3]
 
 

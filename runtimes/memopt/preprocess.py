@@ -1,5 +1,4 @@
-"""From a picture to a model's input, by the steps that the manifest lists; numpy alone, the same code in training and on
-the device.
+"""From a picture to a model's input, by the steps the manifest lists: one numpy code for training and device.
 
 The steps, in order:
 
@@ -65,9 +64,9 @@ def resize(images: Array, size: tuple[int, int]) -> Array:
     if images.shape[1:3] == size:
         return images
     rows, columns = _weights(images.shape[1], size[0]), _weights(images.shape[2], size[1])
-    resized = np.einsum("yh,nhwc->nywc", rows, images.astype(np.float32), optimize=True)
+    resized: Array = np.einsum("yh,nhwc->nywc", rows, images.astype(np.float32), optimize=True)
     resized = np.einsum("xw,nywc->nyxc", columns, resized, optimize=True)
-    return np.clip(np.rint(resized), 0, 255).astype(np.uint8)
+    return np.rint(resized).clip(0, 255).astype(np.uint8)
 
 
 @lru_cache(maxsize=64)
@@ -77,7 +76,7 @@ def _weights(have: int, want: int) -> Array:
     support = max(ratio, 1.0)
     centres = (np.arange(want) + 0.5) * ratio - 0.5
     distance = np.abs(np.arange(have)[None, :] - centres[:, None]) / support
-    weights = np.clip(1.0 - distance, 0.0, None)
+    weights: Array = np.clip(1.0 - distance, 0.0, None)
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 

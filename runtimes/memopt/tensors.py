@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memopt.errors import InputRefused
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 # Bits of one element, by the dtype names that ONNX, TensorRT and numpy share.
 DTYPE_BITS = {
