@@ -76,8 +76,9 @@ def _weights(have: int, want: int) -> Array:
     support = max(ratio, 1.0)
     centres = (np.arange(want) + 0.5) * ratio - 0.5
     distance = np.abs(np.arange(have)[None, :] - centres[:, None]) / support
-    weights: Array = np.clip(1.0 - distance, 0.0, None)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    weights = np.clip(1.0 - distance, 0.0, None)
+    rows: Array = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return rows
 
 
 def _decode(images: Array, step: Step) -> Array:
