@@ -1,8 +1,8 @@
 """The memory bill: what a process holds, read from the kernel, and what a model costs above a baseline.
 
 Private memory is what the device really loses: anonymous pages, which the kernel can only swap. File-backed memory is
-mapped and clean: it counts in RSS, is shared with every process that maps the same file, and can be dropped at any time.
-The peak is that of RSS, reset before each phase where the kernel allows. What cannot be read is None, "unknown", never 0.
+mapped and clean: it counts in RSS, is shared with every process that maps the same file, and can be dropped any time.
+The peak is that of RSS, reset before it counts where the kernel allows. What cannot be read is None, "unknown", not 0.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class DeviceMemory:
 class Bill:
     """Where the memory of one open model goes: host memory above the runtime's own baseline, phase by phase.
 
-    `phases` maps "import", "load", "first run", "steady" and "peak" to HostMemory; "import" is absolute (the process with the
-    runtime's library and nothing else), the others are above it.
+    `phases` maps "import", "load", "first run" and "steady" to HostMemory. "import" is absolute: the process with the
+    runtime's library and nothing else; the others are above it.
     """
 
     phases: dict[str, HostMemory] = field(default_factory=dict)
