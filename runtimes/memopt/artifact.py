@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memopt.errors import InputRefused, IntegrityError
-from memopt.manifest import EngineInfo, from_json
+from memopt.manifest import EngineInfo
+from memopt.strict_json import from_json
 
 # File ending -> kind.
 KINDS = {".onnx": "onnx", ".engine": "engine", ".pt2": "pt2"}
@@ -68,5 +69,14 @@ def map_file(path: Path) -> memoryview:
         raise InputRefused(f"{path} does not exist") from error
     except IsADirectoryError as error:
         raise InputRefused(f"{path} is a directory") from error
+    except OSError as error:
+        raise InputRefused(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:  # mmap of an empty file
         raise InputRefused(f"{path} is empty") from error
+
+
+def release_pages(view: memoryview) -> None:
+    """Lets the kernel drop the resident pages of the mapped file behind `view`; they come back when touched."""
+    mapping = view.obj
+    if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)

@@ -6,22 +6,17 @@ with its engine and its memory, the golden samples, the lineage back to the weig
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from memopt.errors import IntegrityError
+from memopt.strict_json import from_json, refuse_duplicates, to_json
 from memopt.tensors import TensorSpec
 
 FORMAT = "memopt.bundle"
 SCHEMA = "1.0"
 MAX_MANIFEST_BYTES = 4 * 2**20
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,9 +93,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Golden:
-    """Samples with the outputs of the reference variant: a device proves itself against them."""
+    """Samples with the outputs of the reference variant, as .npy files: a device proves itself against them."""
 
-    file: str
+    inputs: dict[str, str]  # tensor name -> path
+    outputs: dict[str, str]
     reference: str  # id of the variant that made the outputs
     atol: dict[str, float]  # by variant id: the difference seen at build, with head room
 
@@ -150,8 +146,8 @@ class Manifest:
             raise IntegrityError(
                 f"manifest schema is {self.schema}, this memopt reads {SCHEMA}", hint="pip install -U memopt"
             )
-        _unique("variant id", [variant.id for variant in self.variants])
-        _unique("file", [file.path for file in self.files])
+        refuse_duplicates("variant id", [variant.id for variant in self.variants])
+        refuse_duplicates("file", [file.path for file in self.files])
         paths = {file.path for file in self.files}
         for path in self._references():
             if path not in paths:
@@ -174,7 +170,9 @@ class Manifest:
         raise IntegrityError(f"no variant {variant_id!r}", hint="one of " + ", ".join(v.id for v in self.variants))
 
     def _references(self) -> list[str]:
-        named = [self.labels, self.golden.file if self.golden else None]
+        named = [self.labels]
+        if self.golden is not None:
+            named += [*self.golden.inputs.values(), *self.golden.outputs.values()]
         for variant in self.variants:
             named += [variant.model, variant.weights]
         return [path for path in named if path is not None]
@@ -194,115 +192,3 @@ def decode(data: bytes) -> Manifest:
     if len(data) > MAX_MANIFEST_BYTES:
         raise IntegrityError(f"the manifest has {len(data)} bytes, at most {MAX_MANIFEST_BYTES} are read")
     return from_json(Manifest, data, where="memopt.json")
-
-
-def to_json(value: Any) -> str:
-    """Deterministic JSON of a dataclass; fields that are None are left out."""
-    return json.dumps(to_plain(value), indent=1, sort_keys=True, allow_nan=False)
-
-
-def to_plain(value: Any) -> Any:
-    """The value as dicts, lists and scalars; None fields of dataclasses are left out."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return {name: to_plain(item) for name, item in fields.items() if item is not None}
-    if isinstance(value, dict):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    return value
-
-
-def from_json(cls: type[T], data: bytes, *, where: str) -> T:
-    """A dataclass read strictly from JSON bytes; `where` names the place in error messages."""
-    return from_plain(cls, _load_strictly(data, where), where=where)
-
-
-def from_plain(cls: type[T], value: Any, *, where: str) -> T:
-    """A value of type `cls` (a dataclass, tuple, dict, optional or scalar) from plain JSON values, nothing guessed.
-
-    >>> from_plain(TensorSpec, {"name": "x", "dtype": "float32", "shape": ["batch", 10]}, where="x").shape
-    ('batch', 10)
-    """
-    return typing.cast(T, _read(cls, value, where))
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _read_dataclass(kind, value, where)
-    if origin in (typing.Union, types.UnionType):
-        return _read_union(arguments, value, where)
-    if origin is tuple:
-        items = _expect(list, value, where)
-        return tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items))
-    if origin is dict:
-        entries = _expect(dict, value, where)
-        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in entries.items()}
-    if kind is Any:
-        return value
-    if kind is float and type(value) is int:
-        return float(value)
-    return _expect(kind, value, where)
-
-
-def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
-    entries = _expect(dict, value, where)
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(entries) - set(hints))
-    if unknown:
-        raise IntegrityError(f"{where}: unknown field {unknown[0]!r}")
-    for field_ in dataclasses.fields(kind):
-        required = field_.default is dataclasses.MISSING and field_.default_factory is dataclasses.MISSING
-        if required and field_.name not in entries and type(None) not in typing.get_args(hints[field_.name]):
-            raise IntegrityError(f"{where}: field {field_.name!r} is missing")
-    values = {name: _read(hints[name], item, f"{where}.{name}") for name, item in entries.items()}
-    optional = {f.name: None for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING
-                and f.default_factory is dataclasses.MISSING and f.name not in values}  # fmt: skip
-    return kind(**values, **optional)
-
-
-def _read_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in arguments:
-        return None
-    kinds = [kind for kind in arguments if kind is not type(None)]
-    for kind in kinds:
-        if kind is type(value) or (len(kinds) == 1):
-            return _read(kind, value, where)
-    raise IntegrityError(f"{where}: {value!r} is none of {', '.join(kind.__name__ for kind in kinds)}")
-
-
-def _expect(kind: Any, value: Any, where: str) -> Any:
-    if type(value) is not kind:
-        raise IntegrityError(f"{where}: expected {kind.__name__}, got {type(value).__name__}")
-    return value
-
-
-def _load_strictly(data: bytes, where: str) -> Any:
-    """JSON without duplicate keys, NaN, infinities or absurd depth."""
-
-    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        _unique(f"{where}: key", [key for key, _ in pairs])
-        return dict(pairs)
-
-    def no_constant(name: str) -> Any:
-        raise IntegrityError(f"{where}: {name} is not a number in JSON")
-
-    def finite(text: str) -> float:
-        number = float(text)
-        return number if abs(number) != float("inf") else no_constant(text)
-
-    if max(data.count(b"["), data.count(b"{")) > 100_000:
-        raise IntegrityError(f"{where}: too many nested values")
-    try:
-        return json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=no_constant, parse_float=finite)
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{where} is not valid JSON: {error}") from error
-
-
-def _unique(what: str, names: list[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise IntegrityError(f"{what} {name!r} stands twice")
-        seen.add(name)

@@ -39,11 +39,23 @@ class Session(Protocol):
 class Runtime(Protocol):
     """A library that opens artifacts. Modules and objects both serve."""
 
-    NAME: str
-    DEVICES: tuple[str, ...]  # of "cpu", "cuda"
+    @property
+    def NAME(self) -> str:  # noqa: N802  # modules serve, and a module's constants are written so
+        """The name in the table, in manifests and reports."""
+
+    @property
+    def DEVICES(self) -> tuple[str, ...]:  # noqa: N802
+        """Where it can run in principle: "cpu", "cuda"."""
 
     def version(self) -> str | None:
         """The library's version; None when it is not installed. Must not create a context on a device."""
+
+    def load_library(self) -> None:
+        """Imports what the runtime needs, so that the library's own memory can be told from the model's.
+
+        Raises:
+            BackendError: not installed, or broken.
+        """
 
     def unavailable(self, device: str) -> str | None:
         """Why nothing can run here on `device`; None when it can."""

@@ -1,0 +1,231 @@
+"""Packs variants into a bundle: one file that is mapped, or a folder with the same tree."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memopt import __version__
+from memopt.archive import PAGE, Entry, is_safe_name, write_archive
+from memopt.bundle import MANIFEST, MIMETYPE, MIMETYPE_BYTES
+from memopt.errors import InputRefused, UsageError
+from memopt.files import atomic_file, refuse_to_overwrite, write_atomically
+from memopt.manifest import EngineInfo, File, Golden, Manifest, MemoryPoint, Stage, Variant, VariantMemory, encode
+from memopt.tensors import Array
+from memopt_export.external_weights import split
+from memopt_export.graph import Graph
+from memopt_export.plan import plan
+
+WEIGHTS = "weights.data"
+# A device may differ from the machine that packed by this factor before the golden outputs count as different.
+_GOLDEN_HEADROOM = 2.0
+_GOLDEN_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class OnnxPart:
+    """A graph that goes into the bundle as a variant."""
+
+    id: str
+    network: str
+    graph: Graph
+    metrics: dict[str, float] = field(default_factory=dict)
+    measured: tuple[MemoryPoint, ...] = ()
+
+
+@dataclass(frozen=True)
+class EnginePart:
+    """A built engine that goes into the bundle; `source` is the id of the ONNX part it was built from."""
+
+    id: str
+    network: str
+    precision: str
+    data: bytes
+    info: EngineInfo
+    source: str
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a bundle holds."""
+
+    name: str
+    parts: tuple[OnnxPart | EnginePart, ...]
+    labels: tuple[str, ...] = ()
+    preprocess: tuple[dict[str, Any], ...] = ()
+    golden_inputs: Mapping[str, Array] = field(default_factory=dict)
+    lineage: tuple[Stage, ...] = ()
+    license: str | None = None
+    tools: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.graphs:
+            raise UsageError("a bundle needs at least one ONNX variant, from which engines can be rebuilt")
+        first = self.graphs[0].graph
+        for part in self.graphs:
+            if (part.graph.inputs, part.graph.outputs) != (first.inputs, first.outputs):
+                raise InputRefused(f"{part.id} has other inputs or outputs than {self.graphs[0].id}")
+        for part in self.parts:
+            if not is_safe_name(part.id) or "/" in part.id:
+                raise UsageError(f"{part.id!r} cannot name a variant", hint="letters, digits, dot, dash and underscore")
+
+    @property
+    def graphs(self) -> tuple[OnnxPart, ...]:
+        """The ONNX parts, the reference first."""
+        return tuple(part for part in self.parts if isinstance(part, OnnxPart))
+
+
+def pack(contents: Contents, output: Path, *, form: str = "mopt", force: bool = False) -> Manifest:
+    """Writes the bundle and returns its manifest; equal contents give equal bytes.
+
+    Args:
+        contents: what goes in.
+        output: the `.mopt` file, or the folder for form "dir".
+        form: one of FORMS.
+        force: replaces an existing output.
+
+    Raises:
+        UsageError: the output exists.
+        InputRefused: the parts do not belong together.
+    """
+    refuse_to_overwrite(output, force=force) if form == "mopt" else _refuse_folder(output, force=force)
+    items: list[Entry] = []
+    variants = tuple(_add_variant(part, contents, items) for part in contents.parts)
+    golden = _add_golden(contents, items)
+    if contents.labels:
+        items.append(Entry("assets/labels.txt", "".join(f"{label}\n" for label in contents.labels).encode()))
+    first = contents.graphs[0].graph
+    manifest = Manifest(
+        name=contents.name,
+        inputs=first.inputs,
+        outputs=first.outputs,
+        variants=variants,
+        files=tuple(File(item.name, len(item.data), hashlib.sha256(item.data).hexdigest()) for item in items),
+        labels="assets/labels.txt" if contents.labels else None,
+        preprocess=contents.preprocess,
+        golden=golden,
+        lineage=contents.lineage,
+        producer={"memopt": __version__, **contents.tools},
+        license=contents.license,
+    )
+    FORMS[form]([Entry(MIMETYPE, MIMETYPE_BYTES), Entry(MANIFEST, encode(manifest)), *items], output, force)
+    return manifest
+
+
+def _add_variant(part: OnnxPart | EnginePart, contents: Contents, items: list[Entry]) -> Variant:
+    if isinstance(part, EnginePart):
+        return _add_engine(part, contents, items)
+    model, weights = split(part.graph, WEIGHTS)
+    path, weights_path = f"variants/{part.id}/graph.onnx", f"variants/{part.id}/{WEIGHTS}" if weights else None
+    items.append(Entry(path, model))
+    if weights_path is not None:
+        items.append(Entry(weights_path, weights, PAGE))
+    memory = VariantMemory(
+        file_bytes=len(model) + len(weights),
+        weights_bytes=sum(part.graph.weights_bytes().values()),
+        activation_bytes=plan(part.graph, batch=1).activation_bytes,
+        measured=part.measured,
+    )
+    return Variant(
+        id=part.id,
+        network=part.network,
+        precision=part.graph.precision,
+        runtime="onnxruntime",
+        model=path,
+        weights=weights_path,
+        weights_sha256=part.graph.weights_sha256,
+        memory=memory,
+        metrics=part.metrics,
+    )
+
+
+def _add_engine(part: EnginePart, contents: Contents, items: list[Entry]) -> Variant:
+    source = next((p for p in contents.graphs if p.id == part.source), None)
+    if source is None:
+        raise InputRefused(f"engine {part.id} was built from {part.source}, which is not packed with it")
+    if source.graph.sha256 != part.info.onnx_sha256:
+        raise InputRefused(f"engine {part.id} was built from another graph than {part.source}")
+    path = f"variants/{part.id}/model.engine"
+    items.append(Entry(path, part.data, PAGE))
+    activation = min((profile.activation_bytes or 0 for profile in part.info.profiles), default=None)
+    return Variant(
+        id=part.id,
+        network=part.network,
+        precision=part.precision,
+        runtime=part.info.flavor,
+        model=path,
+        weights_sha256=source.graph.weights_sha256,
+        memory=VariantMemory(len(part.data), part.info.weights_bytes or 0, activation),
+        engine=part.info,
+        source=part.source,
+        metrics=part.metrics,
+    )
+
+
+def _add_golden(contents: Contents, items: list[Entry]) -> Golden | None:
+    """The golden inputs with the first graph's outputs, and how far each other graph's are from them here."""
+    if not contents.golden_inputs:
+        return None
+    feeds = dict(contents.golden_inputs)
+    expected = run_graph(contents.graphs[0].graph, feeds)
+    atol = {}
+    for part in contents.graphs:
+        outputs = run_graph(part.graph, feeds)
+        worst = max(float(np.abs(a - b).max()) for a, b in zip(outputs, expected, strict=True))
+        atol[part.id] = max(_GOLDEN_HEADROOM * worst, _GOLDEN_FLOOR)
+    for part in contents.parts:
+        if isinstance(part, EnginePart):
+            atol[part.id] = atol[part.source]
+    names = [spec.name for spec in contents.graphs[0].graph.outputs]
+    inputs = {name: f"assets/golden/input-{i}.npy" for i, name in enumerate(feeds)}
+    outputs_ = {name: f"assets/golden/output-{i}.npy" for i, name in enumerate(names)}
+    items += [Entry(inputs[name], _npy(array)) for name, array in feeds.items()]
+    items += [Entry(outputs_[name], _npy(array)) for name, array in zip(names, expected, strict=True)]
+    return Golden(inputs, outputs_, contents.graphs[0].id, atol)
+
+
+def run_graph(graph: Graph, feeds: Mapping[str, Array]) -> list[Array]:
+    """The graph's outputs in ONNX Runtime on this CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(graph.data, providers=["CPUExecutionProvider"])
+    return [np.asarray(output) for output in session.run(None, dict(feeds))]
+
+
+def _npy(array: Array) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _write_file(items: Sequence[Entry], output: Path, force: bool) -> None:
+    with atomic_file(output, force=force) as file:
+        write_archive(file, items)
+
+
+def _write_folder(items: Sequence[Entry], output: Path, force: bool) -> None:
+    """Written beside and renamed, as a file would be; an old folder goes only when the new one is whole."""
+    _refuse_folder(output, force=force)
+    beside = output.with_name(f".{output.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    for item in items:
+        write_atomically(beside / item.name, item.data)
+    if output.exists():
+        shutil.rmtree(output)
+    beside.rename(output)
+
+
+def _refuse_folder(output: Path, *, force: bool) -> None:
+    if output.exists() and not (force and (output / MANIFEST).is_file()):
+        raise UsageError(f"{output} exists", hint="--force replaces a bundle folder, and nothing else")
+
+
+FORMS: dict[str, Callable[[Sequence[Entry], Path, bool], None]] = {"mopt": _write_file, "dir": _write_folder}

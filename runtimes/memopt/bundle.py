@@ -1,0 +1,158 @@
+"""A bundle: what travels to the device. One file (`.mopt`) or a folder with the same tree, checked before use."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from memopt.archive import is_safe_name, read_archive
+from memopt.artifact import Artifact, map_file, release_pages
+from memopt.errors import InputRefused, IntegrityError
+from memopt.manifest import File, Manifest, Variant, decode
+from memopt.tensors import Array
+
+MANIFEST = "memopt.json"
+MIMETYPE = "mimetype"
+MIMETYPE_BYTES = b"application/vnd.memopt.bundle.v1"
+UNLISTED = frozenset({MANIFEST, MIMETYPE})  # entries that the manifest does not list
+_BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An open bundle. `entries` are read-only views of mapped files; nothing is extracted."""
+
+    path: Path
+    manifest: Manifest
+    entries: Mapping[str, memoryview]
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The classes' names, in the order of the outputs; empty when the bundle has none."""
+        if self.manifest.labels is None:
+            return ()
+        return tuple(bytes(self.entries[self.manifest.labels]).decode().splitlines())
+
+    def artifact(self, variant_id: str) -> Artifact:
+        """What a runtime opens for this variant."""
+        variant = self.manifest.variant(variant_id)
+        weights = self.entries[variant.weights] if variant.weights else None
+        return Artifact(
+            name=variant.id,
+            kind="onnx" if variant.engine is None else "engine",
+            data=self.entries[variant.model],
+            size_bytes=self.size_bytes(variant),
+            weights=weights,
+            weights_location=Path(variant.weights).name if variant.weights else None,
+            engine=variant.engine,
+        )
+
+    def size_bytes(self, variant: Variant) -> int:
+        """Bytes of the variant in the bundle, external initializers included."""
+        return len(self.entries[variant.model]) + (len(self.entries[variant.weights]) if variant.weights else 0)
+
+    def golden(self) -> tuple[dict[str, Array], list[Array]]:
+        """Golden inputs by name and the reference's outputs in order; ({}, []) when the bundle has none."""
+        golden = self.manifest.golden
+        if golden is None:
+            return {}, []
+        inputs = {spec.name: self._array(golden.inputs[spec.name]) for spec in self.manifest.inputs}
+        return inputs, [self._array(golden.outputs[spec.name]) for spec in self.manifest.outputs]
+
+    def verify(self) -> None:
+        """Raises IntegrityError unless every file has the size and the sha256 that the manifest promises."""
+        for file in self.manifest.files:
+            digest = hashlib.sha256()
+            for block in _blocks(self, file):
+                digest.update(block)
+            release_pages(self.entries[file.path])
+            if digest.hexdigest() != file.sha256:
+                raise IntegrityError(f"{self.path}: {file.path} is damaged, its sha256 is not the manifest's")
+
+    def _array(self, name: str) -> Array:
+        try:
+            array: Array = np.load(io.BytesIO(self.entries[name]), allow_pickle=False)
+        except (ValueError, EOFError, SyntaxError) as error:
+            raise IntegrityError(f"{self.path}: {name} is not a plain .npy file") from error
+        return array
+
+
+def open_bundle(path: Path | str, *, verify: str = "full") -> Bundle:
+    """The bundle at `path`, a `.mopt` file or a folder.
+
+    Args:
+        path: where it is.
+        verify: "full" checks the sha256 of every file first; "off" checks the structure only.
+
+    Raises:
+        InputRefused: missing, or not a bundle at all.
+        IntegrityError: damaged, or not what its manifest says.
+    """
+    path = Path(path)
+    entries = _entries_of_folder(path) if path.is_dir() else _entries_of_file(path)
+    try:
+        if MANIFEST not in entries:
+            raise IntegrityError(f"it has no {MANIFEST}")
+        manifest = decode(bytes(entries[MANIFEST]))
+        _check_entries(entries, manifest.files)
+    except IntegrityError as error:
+        raise IntegrityError(f"{path}: {error.problem}", hint=error.hint) from error
+    bundle = Bundle(path, manifest, entries)
+    if verify == "full":
+        bundle.verify()
+    return bundle
+
+
+def _entries_of_file(path: Path) -> dict[str, memoryview]:
+    data = map_file(path)
+    if bytes(data[:4]) != b"PK\x03\x04":
+        raise InputRefused(f"{path} is not a memopt bundle", hint=f"memopt-export pack {path} -o {path.stem}.mopt")
+    try:
+        spans = read_archive(data)
+    except IntegrityError as error:
+        raise IntegrityError(f"{path}: {error.problem}") from error
+    entries = {name: data[span.offset : span.offset + span.size_bytes] for name, span in spans.items()}
+    if next(iter(entries), None) != MIMETYPE or bytes(entries[MIMETYPE]) != MIMETYPE_BYTES:
+        raise InputRefused(f"{path} is a zip file, but not a memopt bundle")
+    for name in UNLISTED & set(entries):  # the others are checked by sha256
+        if zlib.crc32(entries[name]) != spans[name].crc32:
+            raise IntegrityError(f"{path}: {name} is damaged")
+    return entries
+
+
+def _entries_of_folder(path: Path) -> dict[str, memoryview]:
+    if not (path / MANIFEST).is_file():
+        raise InputRefused(f"{path} is a folder without {MANIFEST}, so not a bundle")
+    entries = {}
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if file.is_symlink() or not is_safe_name(name) or not (file.is_file() or file.is_dir()):
+            raise IntegrityError(f"{path}: entry name {name!r} is not safe, or a link")
+        if file.is_file():
+            entries[name] = map_file(file)
+    return entries
+
+
+def _check_entries(entries: Mapping[str, memoryview], files: tuple[File, ...]) -> None:
+    """Every listed file is there with its size, and nothing else is."""
+    for file in files:
+        if file.path not in entries:
+            raise IntegrityError(f"{file.path} is missing")
+        if len(entries[file.path]) != file.size_bytes:
+            raise IntegrityError(f"{file.path} has {len(entries[file.path])} bytes, {file.size_bytes} were promised")
+    unknown = sorted(set(entries) - UNLISTED - {file.path for file in files})
+    if unknown:
+        raise IntegrityError(f"{unknown[0]} is in the bundle but not in its manifest")
+
+
+def _blocks(bundle: Bundle, file: File) -> Iterator[memoryview]:
+    view = bundle.entries[file.path]
+    for start in range(0, len(view), _BLOCK):
+        yield view[start : start + _BLOCK]

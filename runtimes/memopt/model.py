@@ -1,0 +1,185 @@
+"""What an application embeds: a bundle opened on this device, within a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from memopt.accuracy import softmax
+from memopt.batching import LARGEST_BATCH, BatchFit, largest_batch, memory_line, run_in_batches
+from memopt.bundle import Bundle, open_bundle
+from memopt.choice import Choice, choose
+from memopt.errors import InputRefused
+from memopt.memory import Bill, read_host_memory
+from memopt.preprocess import prepare, prepare_file
+from memopt.runtimes import RUNTIMES
+from memopt.sizes import parse_size
+from memopt.tensors import Array, TensorSpec
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class with its probability."""
+
+    label: str
+    probability: float
+
+
+def load(
+    path: Path | str,
+    *,
+    device: str = "auto",
+    memory_limit: str | int | None = None,
+    variant: str | None = None,
+    max_drop: float = 1.0,
+    threads: int = 0,
+    verify: str = "full",
+) -> Model:
+    """The bundle at `path`, open and ready to run.
+
+    Args:
+        path: a `.mopt` file or a bundle folder.
+        device: "auto" (TensorRT, then CUDA, then the CPU), "tensorrt", "cuda" or "cpu". A named device is required.
+        memory_limit: private host memory that the model may hold above the library's own, such as "64MiB".
+        variant: the id of the variant to take; None lets memory and accuracy choose (see `memopt.choice.choose`).
+        max_drop: percentage points of validation accuracy that a smaller variant may lose against the best one.
+        threads: threads within one operator; 0 lets the library choose.
+        verify: "full" checks the sha256 of every file first, "off" does not.
+
+    Raises:
+        InputRefused, IntegrityError: not a bundle, or a damaged one.
+        BackendError: nothing in the bundle runs on the device.
+        OutOfResource: no variant fits into the limit.
+    """
+    limit = parse_size(memory_limit) if memory_limit is not None else None
+    bundle = open_bundle(path, verify=verify)
+    choice = choose(bundle, device=device, variant=variant, memory_limit=limit, max_drop=max_drop)
+    model = Model(bundle, choice, threads=threads)
+    if limit is not None:
+        model.fit_batch(limit)
+    return model
+
+
+class Model:
+    """An open bundle. `run` and calls may come from several threads; use it as a context manager, or `close` it."""
+
+    def __init__(self, bundle: Bundle, choice: Choice, *, threads: int = 0) -> None:
+        runtime = RUNTIMES[choice.runtime]
+        runtime.load_library()
+        self._baseline = read_host_memory()
+        self._bundle = bundle
+        self._choice = choice
+        self._session = runtime.open(bundle.artifact(choice.variant.id), device=choice.device, threads=threads)
+        self._loaded = read_host_memory().above(self._baseline)
+        self._batch = self._engine_batch() or LARGEST_BATCH
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` expects."""
+        return self._session.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` returns, in order."""
+        return self._session.outputs
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes' names."""
+        return self._bundle.labels
+
+    @property
+    def variant(self) -> str:
+        """The id of the variant that runs."""
+        return self._choice.variant.id
+
+    @property
+    def placement(self) -> str:
+        """Where it really runs, as the library says it."""
+        return self._session.placement
+
+    @property
+    def why(self) -> tuple[str, ...]:
+        """What was refused and why, and why this variant was taken."""
+        return self._choice.why
+
+    def __call__(self, *arrays: Array) -> Array | tuple[Array, ...]:
+        """The output for these inputs, in the model's order; a tuple when the model has several outputs."""
+        if len(arrays) != len(self.inputs):
+            raise InputRefused(f"the model has {len(self.inputs)} inputs, got {len(arrays)} arrays")
+        outputs = self.run(None, {spec.name: array for spec, array in zip(self.inputs, arrays, strict=True)})
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def run(self, output_names: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
+        """The outputs by name, all for None: onnxruntime's own signature. Inputs larger than the batch are split."""
+        outputs = run_in_batches(self._session, feeds, batch=self._batch)
+        if output_names is None:
+            return outputs
+        by_name = {spec.name: output for spec, output in zip(self.outputs, outputs, strict=True)}
+        unknown = [name for name in output_names if name not in by_name]
+        if unknown:
+            raise InputRefused(f"output {unknown[0]!r} does not exist", hint=", ".join(by_name))
+        return [by_name[name] for name in output_names]
+
+    def predict(self, pictures: Sequence[Path | str | Array], *, topk: int = 5) -> list[list[Prediction]]:
+        """The most probable classes of each picture, best first.
+
+        Args:
+            pictures: files, or uint8 arrays (height, width) or (height, width, channels).
+            topk: how many classes of each.
+        """
+        if not pictures:
+            return []
+        prepared = np.concatenate([self._prepare(picture) for picture in pictures])
+        logits = self.run(None, {self.inputs[0].name: prepared})[0]
+        return [self._best(row, topk) for row in softmax(logits)]
+
+    def fit_batch(self, limit: str | int) -> BatchFit:
+        """The largest batch whose private memory stays within `limit`; from now on larger inputs are split.
+
+        Raises:
+            OutOfResource: not even batch 1 fits.
+        """
+        line = memory_line(self._choice.variant.memory, runtime=self._choice.runtime)
+        fit = largest_batch(line, parse_size(limit), most=self._engine_batch() or LARGEST_BATCH)
+        self._batch = fit.batch
+        return fit
+
+    def memory(self) -> Bill:
+        """The bill of this session: host memory above what the process held before the model was opened."""
+        return Bill(
+            {"import": self._baseline, "load": self._loaded, "steady": read_host_memory().above(self._baseline)}
+        )
+
+    def close(self) -> None:
+        """Frees the session; a later run raises BackendError. Closing twice is harmless."""
+        self._session.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _engine_batch(self) -> int | None:
+        engine = self._choice.variant.engine
+        return max(profile.batches[1] for profile in engine.profiles) if engine else None
+
+    def _prepare(self, picture: Path | str | Array) -> Array:
+        steps = self._bundle.manifest.preprocess
+        if not isinstance(picture, np.ndarray):
+            return prepare_file(Path(picture), steps)
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+            raise InputRefused(f"a picture is uint8 (height, width[, channels]), got {picture.dtype} {picture.shape}")
+        return prepare(picture.reshape(1, *picture.shape[:2], -1), steps)
+
+    def _best(self, probabilities: Array, topk: int) -> list[Prediction]:
+        best = np.argsort(-probabilities, kind="stable")[:topk]
+        labels = self.labels or tuple(str(i) for i in range(len(probabilities)))
+        return [Prediction(labels[i], float(probabilities[i])) for i in best]

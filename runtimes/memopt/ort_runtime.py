@@ -1,0 +1,163 @@
+"""ONNX Runtime, on the CPU or through its CUDA provider.
+
+The external initializers of a bundle's graph are handed to the session as our own read-only mapping: they are neither
+extracted nor copied, and processes share their pages. A named device is required: the library's silent fallback to the
+CPU is found out and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memopt.artifact import Artifact
+from memopt.errors import BackendError, InputRefused, OutOfResource
+from memopt.tensors import Array, TensorSpec, check_feeds
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+NAME = "onnxruntime"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+DEVICES = tuple(PROVIDERS)
+_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+_DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are "tensor(int8)" -> "int8"
+_ERRORS_ONLY = 3
+
+
+def version() -> str | None:
+    """The installed version; None without one."""
+    for name in _DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def load_library() -> None:
+    """Imports onnxruntime.
+
+    Raises:
+        BackendError: not installed, or broken.
+    """
+    try:
+        import onnxruntime  # noqa: F401  # the import is the point
+    except ImportError as error:
+        raise BackendError(
+            f"onnxruntime cannot be imported: {error}", hint="pip install 'memopt[onnxruntime]'"
+        ) from error
+
+
+def unavailable(device: str) -> str | None:
+    """Why ONNX Runtime cannot run on `device`; None when it can."""
+    try:
+        load_library()
+    except BackendError as error:
+        return str(error)
+    import onnxruntime
+
+    if PROVIDERS[device] not in onnxruntime.get_available_providers():
+        return f"this onnxruntime was built without {PROVIDERS[device]}; hint: pip install 'memopt[gpu]'"
+    return _no_driver() if device == "cuda" else None
+
+
+def refuses(artifact: Artifact) -> str | None:
+    """Why ONNX Runtime cannot open this kind of artifact; None when it can."""
+    return None if artifact.kind == "onnx" else f"onnxruntime opens .onnx, not .{artifact.kind}"
+
+
+def open(artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> OrtSession:  # noqa: A001  # the arrow's name
+    """A session on exactly this device; see `memopt.session.Runtime.open`."""
+    reason = refuses(artifact) or unavailable(device)
+    if reason:
+        raise BackendError(reason)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.intra_op_num_threads = threads
+    _map_weights(options, artifact)
+    model = str(artifact.path) if artifact.path else bytes(artifact.data)
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=[PROVIDERS[device]])
+    except _library_errors() as error:
+        raise _as_ours(error, f"onnxruntime cannot open {artifact.name}") from error
+    if session.get_providers()[0] != PROVIDERS[device]:
+        raise BackendError(f"onnxruntime fell back to {session.get_providers()[0]}, {PROVIDERS[device]} was asked for")
+    return OrtSession(session, artifact)
+
+
+class OrtSession:
+    """An open ONNX graph. Threads may share it."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, artifact: Artifact) -> None:
+        self._session: onnxruntime.InferenceSession | None = session
+        self._artifact = artifact  # the mapped weights live as long as the session
+        self.inputs = tuple(_spec(value) for value in session.get_inputs())
+        self.outputs = tuple(_spec(value) for value in session.get_outputs())
+        self._output_names = [spec.name for spec in self.outputs]
+        self.placement: str = session.get_providers()[0]
+
+    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
+        """The outputs, in order; see `memopt.session.Session.run`."""
+        session = self._session
+        if session is None:
+            raise BackendError(f"{self._artifact.name} is closed")
+        check_feeds(self.inputs, feeds)
+        try:
+            return [np.asarray(output) for output in session.run(self._output_names, dict(feeds))]
+        except _library_errors() as error:
+            raise _as_ours(error, f"onnxruntime failed in {self._artifact.name}") from error
+
+    def close(self) -> None:
+        """Frees the session."""
+        self._session = None
+
+
+def _map_weights(options: onnxruntime.SessionOptions, artifact: Artifact) -> None:
+    """Hands the artifact's mapped external initializers to the session, to be used where they lie."""
+    if artifact.weights is None:
+        return
+    weights = np.frombuffer(artifact.weights, np.uint8)
+    options.add_external_initializers_from_files_in_memory([artifact.weights_location], [weights], [weights.nbytes])
+    options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
+
+
+def _spec(value: Any) -> TensorSpec:
+    dtype = _DTYPES.get(value.type, value.type.removeprefix("tensor(").removesuffix(")"))
+    shape = tuple(dim if isinstance(dim, int) else (dim or "batch") for dim in value.shape)
+    return TensorSpec(value.name, dtype, shape)
+
+
+def _no_driver() -> str | None:
+    from memopt.cuda_driver import open_driver
+
+    try:
+        open_driver()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+@cache
+def _library_errors() -> tuple[type[Exception], ...]:
+    """The library's exceptions, which share no base class but Exception."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+
+
+def _as_ours(error: Exception, what: str) -> Exception:
+    text = str(error).strip().splitlines()[0]
+    if "alloc" in text.lower() and "fail" in text.lower():
+        return OutOfResource(f"{what}: out of memory: {text}")
+    return (
+        InputRefused(f"{what}: {text}")
+        if "InvalidArgument" in type(error).__name__
+        else BackendError(f"{what}: {text}")
+    )
