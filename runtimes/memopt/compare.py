@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,17 +25,13 @@ from memopt.tensors import Array
 class Subject:
     """One artifact to compare: a model file, or one variant of a bundle."""
 
+    name: str
     path: Path
-    variant: str | None
     artifact: Artifact
+    variant: str | None = None
     precision: str | None = None
     weights_bytes: int | None = None
     activation_bytes: int | None = None  # planned at batch 1
-
-    @property
-    def name(self) -> str:
-        """The variant's id, or the file's name."""
-        return self.variant or self.path.name
 
 
 @dataclass(frozen=True)
@@ -61,12 +56,18 @@ def subjects(paths: Iterable[Path]) -> list[Subject]:
             bundle = open_bundle(path)
             found += [
                 Subject(
-                    path, v.id, bundle.artifact(v.id), v.precision, v.memory.weights_bytes, v.memory.activation_bytes
+                    v.id,
+                    path,
+                    bundle.artifact(v.id),
+                    v.id,
+                    v.precision,
+                    v.memory.weights_bytes,
+                    v.memory.activation_bytes,
                 )
                 for v in bundle.manifest.variants
             ]
         else:
-            found.append(Subject(path, None, open_artifact(path)))
+            found.append(Subject(path.name, path, open_artifact(path)))
     return found
 
 
@@ -117,7 +118,9 @@ def compare(
     order = sorted(range(len(todo)), key=lambda i: todo[i].subject.name != reference)  # the reference's outputs first
     rows: dict[int, Row] = {}
     expected: Array | None = None
-    with _saved(feeds) as (folder, files):
+    with tempfile.TemporaryDirectory(prefix="memopt-compare-") as name:
+        folder = Path(name)
+        files = save_arrays(feeds, folder)
         for i in order:
             row, outputs = _measure_cell(todo[i], files, folder / f"outputs-{i}.npy")
             if outputs is not None:
@@ -130,6 +133,16 @@ def compare(
     return Report(tuple(rows[i] for i in range(len(todo))), reference, source, samples, dict(machine or {}))
 
 
+def save_arrays(feeds: Mapping[str, Array], folder: Path) -> dict[str, str]:
+    """The samples as .npy files in `folder`, for every process to map: input name -> path."""
+    if not feeds:
+        raise InputRefused("there are no samples", hint="--data SPEC")
+    files = {name: str(folder / f"input-{i}.npy") for i, name in enumerate(feeds)}
+    for name, array in feeds.items():
+        np.save(files[name], array)
+    return files
+
+
 def _places(subject: Subject, runtimes: Sequence[str] | None, devices: Sequence[str]) -> Iterator[tuple[str, str]]:
     for name in runtimes or RUNTIMES:
         runtime = RUNTIMES[name]
@@ -138,20 +151,6 @@ def _places(subject: Subject, runtimes: Sequence[str] | None, devices: Sequence[
         elif runtime.refuses(subject.artifact) is None:
             usable = [device for device in runtime.DEVICES if device in devices and runtime.unavailable(device) is None]
             yield from ((name, device) for device in usable or runtime.DEVICES[:1])
-
-
-@contextmanager
-def _saved(feeds: Mapping[str, Array]) -> Iterator[tuple[Path, dict[str, str]]]:
-    """The samples as .npy files, for every process to map."""
-    if not feeds:
-        raise InputRefused("there are no samples", hint="--data SPEC")
-    with tempfile.TemporaryDirectory(prefix="memopt-compare-") as name:
-        folder = Path(name)
-        files = {}
-        for i, (input_name, array) in enumerate(feeds.items()):
-            files[input_name] = str(folder / f"input-{i}.npy")
-            np.save(files[input_name], array)
-        yield folder, files
 
 
 def _measure_cell(cell: Cell, files: dict[str, str], outputs: Path) -> tuple[Row, Array | None]:

@@ -1,8 +1,8 @@
 """The CUDA driver API through ctypes: memory, streams and copies on the first GPU, with nothing to install.
 
 `libcuda.so.1` comes with every NVIDIA driver, while no wheel brings the `libcudart` that TensorRT links statically.
-Opening the driver and asking for name, SM and version makes no context. The first allocation retains the device's primary
-context, the one that TensorRT and torch use as well, and it lives as long as the process.
+Opening the driver and asking for name, SM and version makes no context. The first allocation retains the device's
+primary context, the one that TensorRT and torch use as well, and it lives as long as the process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -76,6 +76,8 @@ class Stream:
 
     handle: int
 
+
+Held = TypeVar("Held", DeviceBuffer, HostBuffer, Stream)
 
 _FREE = {DeviceBuffer: "cuMemFree_v2", HostBuffer: "cuMemFreeHost", Stream: "cuStreamDestroy_v2"}
 
@@ -197,7 +199,7 @@ class Driver:
         self._call("cuDriverGetVersion", byref(version))
         return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
-    def _keep(self, held: Any) -> Any:
+    def _keep(self, held: Held) -> Held:
         self._live.add(held)
         return held
 

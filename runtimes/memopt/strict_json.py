@@ -6,6 +6,7 @@ import dataclasses
 import json
 import types
 import typing
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 from memopt.errors import IntegrityError
@@ -19,7 +20,7 @@ def to_json(value: Any) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """The value as dicts, lists and scalars; None fields of dataclasses are left out."""
+    """The value as dicts, lists and scalars; None fields of dataclasses are left out, paths are text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return {name: to_plain(item) for name, item in fields.items() if item is not None}
@@ -27,7 +28,7 @@ def to_plain(value: Any) -> Any:
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
-    return value
+    return str(value) if isinstance(value, PurePath) else value
 
 
 def from_json(cls: type[T], data: bytes, *, where: str) -> T:

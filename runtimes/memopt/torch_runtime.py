@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,19 +66,35 @@ def refuses(artifact: Artifact) -> str | None:
 def open(artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> TorchSession:  # noqa: A001  # the arrow's name
     """A session on this device; see `memopt.session.Runtime.open`."""
     reason = refuses(artifact) or unavailable(device)
-    if reason:
-        raise BackendError(reason)
+    if reason or artifact.path is None:
+        raise BackendError(reason or "torch opens .pt2 files only from a path")
     load_library()
     import torch
 
     if threads:
         torch.set_num_threads(threads)
-    extra = {SPECS: ""}
+    specs = read_specs(artifact.path)
     try:
-        program = torch.export.load(str(artifact.path), extra_files=extra)
+        program = torch.export.load(str(artifact.path))
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise InputRefused(f"torch cannot open {artifact.name}: {str(error).splitlines()[0]}") from error
-    return TorchSession(artifact.name, program.module().to(device), _read_specs(artifact.name, extra[SPECS]), device)
+    return TorchSession(artifact.name, program.module().to(device), specs, device)
+
+
+def read_specs(path: Path) -> dict[str, tuple[TensorSpec, ...]]:
+    """What the exported program at `path` expects ("inputs") and returns ("outputs"), read without torch.
+
+    Raises:
+        InputRefused: not a `.pt2` file of ours.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(f"/{SPECS}"))
+            plain = json.loads(archive.read(name))
+        return {key: from_plain(tuple[TensorSpec, ...], plain[key], where=key) for key in ("inputs", "outputs")}
+    except (OSError, zipfile.BadZipFile, StopIteration, ValueError, KeyError, TypeError, IntegrityError) as error:
+        hint = "memopt-export export CKPT --program OUT.pt2 writes one that does"
+        raise InputRefused(f"{path} does not name its inputs", hint=hint) from error
 
 
 class TorchSession:
@@ -85,22 +103,23 @@ class TorchSession:
     def __init__(
         self, name: str, module: torch.nn.Module, specs: dict[str, tuple[TensorSpec, ...]], device: str
     ) -> None:
-        self._name, self._module, self._device = name, module, device
+        self._name, self._device = name, device
+        self._module: torch.nn.Module | None = module
         self.inputs, self.outputs = specs["inputs"], specs["outputs"]
         self.placement = f"torch {device}"
-        self._closed = False
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs, in order; see `memopt.session.Session.run`."""
         import torch
 
-        if self._closed:
+        module = self._module
+        if module is None:
             raise BackendError(f"{self._name} is closed")
         check_feeds(self.inputs, feeds)
         try:
             with torch.inference_mode():
                 given = [torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in self.inputs]
-                outputs = self._module(*(tensor.to(self._device) for tensor in given))
+                outputs = module(*(tensor.to(self._device) for tensor in given))
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise OutOfResource(f"torch ran out of memory in {self._name}: {str(error).splitlines()[0]}") from error
         except RuntimeError as error:
@@ -110,17 +129,4 @@ class TorchSession:
 
     def close(self) -> None:
         """Frees the module."""
-        self._closed = True
-        del self._module
-
-
-def _read_specs(name: str, text: str) -> dict[str, tuple[TensorSpec, ...]]:
-    if not text:
-        raise InputRefused(
-            f"{name} does not name its inputs", hint="memopt-export export CKPT --pt2 writes one that does"
-        )
-    try:
-        plain = json.loads(text)
-        return {key: from_plain(tuple[TensorSpec, ...], plain[key], where=key) for key in ("inputs", "outputs")}
-    except (ValueError, KeyError, IntegrityError) as error:
-        raise InputRefused(f"{name} has an unreadable {SPECS}: {error}") from error
+        self._module = None

@@ -1,0 +1,491 @@
+"""TensorRT and TensorRT-RTX, which share one API: a runtime for the engines of each.
+
+An engine belongs to one release of one flavor, one platform and named GPUs. All of that is compared with its EngineInfo
+before a byte reaches the library, which cannot say why it refuses an engine and crashes on a machine without a driver.
+A session takes the activation memory of the smallest profile and more only when a larger batch comes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import platform
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module, metadata
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+
+from memopt.artifact import Artifact, release_pages
+from memopt.cuda_driver import LIBRARY, DeviceBuffer, Driver, HostBuffer, Stream, open_driver
+from memopt.errors import BackendError, InputRefused, OutOfResource
+from memopt.manifest import EngineInfo, Profile
+from memopt.sizes import show_size
+from memopt.tensors import Array, TensorSpec, check_feeds
+
+logger = logging.getLogger(__name__)
+
+TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+# What `--target` may name: TensorRT builds for the GPU it finds, TensorRT-RTX for any of its list.
+TARGETS = {
+    "tensorrt": ("local",),
+    "tensorrt-rtx": ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121", "local"),
+}
+_MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}  # what others call them -> what Linux calls them
+# TensorRT's name of a dtype -> ours: those that numpy has.
+_DTYPES = {
+    "FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "INT8": "int8", "UINT8": "uint8",
+    "BOOL": "bool",
+}  # fmt: skip
+
+Shapes = dict[str, tuple[int, ...]]
+Buffer = TypeVar("Buffer", DeviceBuffer, HostBuffer)
+
+
+@dataclass(frozen=True)
+class TrtRuntime:
+    """The runtime of one flavor, "tensorrt" or "tensorrt-rtx"."""
+
+    NAME: str
+    cuda_library: str = LIBRARY
+    DEVICES: ClassVar[tuple[str, ...]] = ("cuda",)
+
+    def version(self) -> str | None:
+        """The library's version; None when it is not installed. Nothing is imported for it."""
+        loaded = sys.modules.get(_module(self.NAME))
+        if loaded is not None:
+            return str(loaded.__version__)
+        try:
+            return metadata.version(_module(self.NAME)).partition(".post")[0]  # 10.7.0.post1 calls itself 10.7.0
+        except metadata.PackageNotFoundError:
+            return None
+
+    def load_library(self) -> None:
+        """Imports the library; see `memopt.session.Runtime.load_library`."""
+        import_library(self.NAME)
+
+    def unavailable(self, device: str) -> str | None:
+        """Why nothing can run here on `device`; None when it can. Makes no context on the device."""
+        if device not in self.DEVICES:
+            return f"{TITLES[self.NAME]} runs on cuda, not on {device}"
+        if self.version() is None:
+            return not_installed(self.NAME)
+        try:
+            open_driver(self.cuda_library)
+            self.load_library()
+        except BackendError as error:
+            return str(error)
+        return None
+
+    def refuses(self, artifact: Artifact) -> str | None:
+        """Why this runtime cannot open the artifact here, from its EngineInfo alone; None when it can."""
+        info = artifact.engine
+        if artifact.kind != "engine" or info is None:
+            return f"{TITLES[self.NAME]} opens .engine with its EngineInfo, not .{artifact.kind}"
+        checks = (self._other_flavor, self._other_version, self._other_platform, self._other_gpu)
+        mismatch = next((text for check in checks if (text := check(info))), None)
+        return f"{artifact.name} {mismatch}; hint: {self._rebuild(info)}" if mismatch else None
+
+    def open(self, artifact: Artifact, *, device: str = "cuda", threads: int = 0) -> TrtSession:
+        """A session; see `memopt.session.Runtime.open`. `threads` means nothing on a GPU.
+
+        Raises:
+            BackendError: not available here, or the engine does not fit library, platform or GPU.
+            OutOfResource: the device has not enough free memory.
+        """
+        reason = self.refuses(artifact) or self.unavailable(device)
+        if reason:
+            raise BackendError(reason)
+        driver = open_driver(self.cuda_library)
+        _refuse_without_memory(artifact, driver)
+        trt = import_library(self.NAME)
+        release = ".".join(str(trt.__version__).split(".")[:3])
+        placement = f"{TITLES[self.NAME]} {release} on {driver.name} ({driver.sm})"
+        return TrtSession(_Engine(trt, artifact), driver, placement=placement)
+
+    def _other_flavor(self, info: EngineInfo) -> str | None:
+        return f"was built by {info.flavor}, this is {self.NAME}" if info.flavor != self.NAME else None
+
+    def _other_version(self, info: EngineInfo) -> str | None:
+        """Both flavors run an engine only with the very release that built it (we build none version-compatible)."""
+        have = self.version()
+        if have in (None, info.version):
+            return None
+        return f"was built by {TITLES[self.NAME]} {info.version}, {have} is installed"
+
+    def _other_platform(self, info: EngineInfo) -> str | None:
+        """TensorRT-RTX engines move between operating systems; nothing is promised between processors."""
+        have_os, have_arch = this_platform()
+        if info.arch == have_arch and (info.os == have_os or self.NAME == "tensorrt-rtx"):
+            return None
+        return f"was built for {info.os} {info.arch}, this machine is {have_os} {have_arch}"
+
+    def _other_gpu(self, info: EngineInfo) -> str | None:
+        """Without a driver nothing is said here: `unavailable` does."""
+        driver = self._driver()
+        if driver is None or driver.sm in info.targets:
+            return None
+        return f"needs {' or '.join(info.targets)}, this GPU ({driver.name}) is {driver.sm}"
+
+    def _rebuild(self, info: EngineInfo) -> str:
+        """The command that makes an engine for this GPU, or for the same ones where no GPU is known."""
+        driver = self._driver()
+        flavor, target = self.NAME, driver.sm if driver else ",".join(info.targets)
+        if driver and driver.sm not in TARGETS[flavor]:
+            flavor, target = "tensorrt", "local"
+        return f"memopt-export engine MODEL.onnx --flavor {flavor} --target {target}"
+
+    def _driver(self) -> Driver | None:
+        try:
+            return open_driver(self.cuda_library)
+        except BackendError:
+            return None
+
+
+TENSORRT = TrtRuntime("tensorrt")
+TENSORRT_RTX = TrtRuntime("tensorrt-rtx")
+
+
+class TrtSession:
+    """An open engine with one execution context. Threads may share it; their runs take turns."""
+
+    def __init__(self, engine: _Engine, driver: Driver, *, placement: str) -> None:
+        self.inputs, self.outputs = engine.inputs, engine.outputs
+        self.placement = placement
+        self._name = engine.name
+        self._engine: _Engine | None = engine
+        self._driver = driver
+        self._lock = threading.Lock()
+        self._profile: int | None = None  # the one that the context is set to
+        self._held = ExitStack()
+        try:
+            self._stream = driver.stream()
+            self._held.callback(driver.free, self._stream)
+            self._activations = _Grown(driver, driver.device_buffer)
+            self._held.callback(self._activations.free)
+            self._ports = {spec.name: _Port(driver, spec) for spec in self.inputs + self.outputs}
+            for port in self._ports.values():
+                self._held.callback(port.free)
+            self._prepare(engine, next(iter(engine.profiles.values())).min)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def device_bytes(self) -> int | None:
+        """Device memory that the session holds: weights, activations, inputs and outputs. None: weights unknown."""
+        engine = self._engine
+        if engine is None:
+            return 0
+        if engine.weights_bytes is None:
+            return None
+        ports = sum(port.device_bytes for port in self._ports.values())
+        return engine.weights_bytes + self._activations.size_bytes + ports
+
+    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
+        """The outputs, in order; see `memopt.session.Session.run`.
+
+        Raises:
+            InputRefused: also when the batch lies outside every profile of the engine.
+            OutOfResource: the device has no memory for a profile of this size.
+        """
+        with self._lock:
+            engine = self._engine
+            if engine is None:
+                raise BackendError(f"{self._name} is closed")
+            check_feeds(self.inputs, feeds)
+            self._prepare(engine, {spec.name: feeds[spec.name].shape for spec in self.inputs})
+            for spec in self.inputs:
+                self._ports[spec.name].send(feeds[spec.name], self._stream)
+            engine.execute(self._stream)
+            outputs = [self._ports[spec.name] for spec in self.outputs]
+            for port in outputs:
+                port.fetch(self._stream)
+            self._driver.synchronize(self._stream)
+            return [port.array() for port in outputs]
+
+    def close(self) -> None:
+        """Frees the engine and all buffers; a later run raises BackendError. Closing twice is harmless."""
+        with self._lock:
+            engine, self._engine = self._engine, None
+            if engine is not None:
+                engine.close()  # before the memory it uses
+            self._held.close()
+
+    def _prepare(self, engine: _Engine, shapes: Shapes) -> None:
+        """Sets profile, shapes and addresses, and makes room for them."""
+        self._use_profile(engine, engine.profile_for(shapes))
+        for name, shape in {**shapes, **engine.set_shapes(shapes)}.items():
+            engine.set_address(name, self._ports[name].reserve(shape))
+
+    def _use_profile(self, engine: _Engine, index: int) -> None:
+        if index == self._profile:
+            return
+        self._profile = None  # should memory run out below, the next run starts from here again
+        memory = self._activations.at_least(_activation_bytes(engine.profiles[index]))
+        engine.set_profile(index, memory, self._stream)
+        self._profile = index
+
+
+class _Engine:
+    """An engine in the library, with one execution context: the only place that speaks TensorRT."""
+
+    def __init__(self, trt: Any, artifact: Artifact) -> None:
+        self.name = artifact.name
+        self._log = library_log(trt)
+        self._log.lines.clear()
+        self._runtime = trt.Runtime(self._log)
+        if self._log.errors():  # tensorrt_lean 11.4 hands out an object all the same, whose next call crashes
+            raise BackendError(f"the library does not start: {'; '.join(self._log.errors())}")
+        self._engine = self._runtime.deserialize_cuda_engine(artifact.data)
+        self._require(self._engine is not None, "cannot be opened")
+        release_pages(artifact.data)
+        self.inputs = self._specs(trt, trt.TensorIOMode.INPUT)
+        self.outputs = self._specs(trt, trt.TensorIOMode.OUTPUT)
+        self.profiles = self._read_profiles()
+        self.weights_bytes = self._read_weights_bytes(trt, artifact)
+        self._context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        self._require(self._context is not None, "has no execution context")
+
+    def profile_for(self, shapes: Shapes) -> int:
+        """The index of the profile that takes the least memory among those that cover the shapes."""
+        batches = {shapes[spec.name][0] for spec in self.inputs if spec.shape and isinstance(spec.shape[0], str)}
+        if len(batches) > 1:
+            raise InputRefused(f"the inputs of {self.name} have different batches: {sorted(batches)}")
+        for index, profile in self.profiles.items():
+            if _covers(profile, shapes):
+                return index
+        have = ", ".join(
+            f"{low}..{high}" for low, high in sorted(profile.batches for profile in self.profiles.values())
+        )
+        raise InputRefused(
+            f"batch {shapes[self.inputs[0].name][0]} is outside the profiles of {self.name}, which cover {have}",
+            hint="split the batch, or memopt-export engine MODEL.onnx --batch MIN,OPT,MAX",
+        )
+
+    def set_profile(self, index: int, memory: DeviceBuffer, stream: Stream) -> None:
+        """Switches the context to the profile, with this memory for its activations."""
+        done = self._context.set_optimization_profile_async(index, stream.handle)
+        self._require(done, f"cannot switch to profile {index}")
+        self._context.set_device_memory(memory.handle, memory.size_bytes)
+
+    def set_shapes(self, shapes: Shapes) -> Shapes:
+        """Sets the inputs' shapes; the outputs' shapes follow from them."""
+        for name, shape in shapes.items():
+            self._require(self._context.set_input_shape(name, shape), f"refuses shape {shape} of {name!r}")
+        try:
+            self._context.infer_shapes()
+        except RuntimeError as error:
+            raise BackendError(f"{self.name} has no output shapes for {shapes}: {error}") from error
+        outputs = {spec.name: tuple(self._context.get_tensor_shape(spec.name)) for spec in self.outputs}
+        for name, shape in outputs.items():
+            if min(shape, default=0) < 0:
+                raise BackendError(f"output {name!r} of {self.name} has a shape that depends on the data: {shape}")
+        return outputs
+
+    def set_address(self, name: str, buffer: DeviceBuffer) -> None:
+        """Where the input or output lies."""
+        self._require(self._context.set_tensor_address(name, buffer.handle), f"refuses the address of {name!r}")
+
+    def execute(self, stream: Stream) -> None:
+        """Queues one run."""
+        self._log.lines.clear()
+        self._require(self._context.execute_async_v3(stream.handle), "failed")
+
+    def close(self) -> None:
+        """Lets the library free all it holds, in the order it wants."""
+        del self._context
+        del self._engine
+        del self._runtime
+
+    def _require(self, done: bool, problem: str) -> None:
+        if not done:
+            reason = "; ".join(self._log.errors()) or "the library does not say why"
+            raise BackendError(f"{self.name} {problem}: {reason}")
+
+    def _specs(self, trt: Any, mode: Any) -> tuple[TensorSpec, ...]:
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        return tuple(self._spec(trt, name) for name in names if self._engine.get_tensor_mode(name) == mode)
+
+    def _spec(self, trt: Any, name: str) -> TensorSpec:
+        dtype, place = self._engine.get_tensor_dtype(name), self._engine.get_tensor_location(name)
+        if dtype.name not in _DTYPES or place != trt.TensorLocation.DEVICE:  # a shape tensor lies in host memory
+            raise BackendError(f"{name!r} of {self.name} cannot be a numpy array: {dtype.name} in {place.name} memory")
+        shape = enumerate(self._engine.get_tensor_shape(name))
+        dims = tuple(dim if dim >= 0 else "batch" if i == 0 else f"{name}_{i}" for i, dim in shape)
+        return TensorSpec(name, _DTYPES[dtype.name], dims)
+
+    def _read_profiles(self) -> dict[int, Profile]:
+        """By index, the one with the smallest activation memory first."""
+        profiles = {index: self._profile(index) for index in range(self._engine.num_optimization_profiles)}
+        return dict(sorted(profiles.items(), key=lambda entry: _activation_bytes(entry[1])))
+
+    def _profile(self, index: int) -> Profile:
+        shapes = {spec.name: self._engine.get_tensor_profile_shape(spec.name, index) for spec in self.inputs}
+        low, best, high = ({name: tuple(three[i]) for name, three in shapes.items()} for i in range(3))
+        return Profile(low, best, high, self._engine.get_device_memory_size_for_profile_v2(index))
+
+    def _read_weights_bytes(self, trt: Any, artifact: Artifact) -> int | None:
+        """From the engine where the library can tell (not before TensorRT 10.16), else from the manifest."""
+        if hasattr(self._engine, "get_engine_stat"):
+            return int(self._engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE))
+        return artifact.engine.weights_bytes if artifact.engine else None
+
+
+class _Port:
+    """One input or output: its place on the device and its pinned staging, both grown by need."""
+
+    def __init__(self, driver: Driver, spec: TensorSpec) -> None:
+        self._driver = driver
+        self._spec = spec
+        self._device = _Grown(driver, driver.device_buffer)
+        self._staging = _Grown(driver, driver.host_buffer)
+        self._shape: tuple[int, ...] = ()
+        self._size_bytes = 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes held on the device."""
+        return self._device.size_bytes
+
+    def reserve(self, shape: tuple[int, ...]) -> DeviceBuffer:
+        """The place for a tensor of this shape."""
+        self._shape = shape
+        self._size_bytes = math.prod(shape) * np.dtype(self._spec.dtype).itemsize
+        return self._buffers()[0]
+
+    def send(self, array: Array, stream: Stream) -> None:
+        """Queues the copy of `array` to the device."""
+        device, host = self._buffers()
+        self._view(host)[...] = array
+        self._driver.copy_to_device(device, host, size_bytes=self._size_bytes, stream=stream)
+
+    def fetch(self, stream: Stream) -> None:
+        """Queues the copy from the device; `array` has it once the stream is synchronized."""
+        device, host = self._buffers()
+        self._driver.copy_to_host(host, device, size_bytes=self._size_bytes, stream=stream)
+
+    def array(self) -> Array:
+        """What was fetched, as an array of its own."""
+        return self._view(self._buffers()[1]).copy()
+
+    def free(self) -> None:
+        """Gives both buffers back."""
+        self._device.free()
+        self._staging.free()
+
+    def _buffers(self) -> tuple[DeviceBuffer, HostBuffer]:
+        return self._device.at_least(self._size_bytes), self._staging.at_least(self._size_bytes)
+
+    def _view(self, host: HostBuffer) -> Array:
+        return host.array[: self._size_bytes].view(self._spec.dtype).reshape(self._shape)
+
+
+class _Grown(Generic[Buffer]):
+    """One buffer, replaced by a larger one when more is asked for than it holds."""
+
+    def __init__(self, driver: Driver, take: Callable[[int], Buffer]) -> None:
+        self._driver = driver
+        self._take: Callable[[int], Buffer] = take
+        self._buffer: Buffer | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes held; 0 before the first use."""
+        return self._buffer.size_bytes if self._buffer else 0
+
+    def at_least(self, size_bytes: int) -> Buffer:
+        """The buffer. A larger one is taken after the smaller is freed, so that both never count at once."""
+        if self._buffer is None or self._buffer.size_bytes < size_bytes:
+            self.free()
+            self._buffer = self._take(size_bytes)
+        return self._buffer
+
+    def free(self) -> None:
+        """Gives the buffer back."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            self._driver.free(buffer)
+
+
+def import_library(flavor: str) -> Any:
+    """The module `tensorrt` or `tensorrt_rtx`.
+
+    Raises:
+        BackendError: not installed, or one of its shared libraries is missing.
+    """
+    try:
+        return import_module(_module(flavor))
+    except (ImportError, OSError) as error:  # OSError: libnvinfer.so.N
+        if isinstance(error, ModuleNotFoundError) and error.name == _module(flavor):
+            raise BackendError(not_installed(flavor)) from error
+        raise BackendError(f"{_module(flavor)} cannot be imported: {error}") from error
+
+
+def not_installed(flavor: str) -> str:
+    """The reason, with what to type."""
+    return f"{TITLES[flavor]} is not installed; hint: pip install 'memopt[{flavor}]'"
+
+
+@cache
+def library_log(trt: Any) -> Any:
+    """The log of one library in this process: TensorRT writes to the first it is given, whatever comes later."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]  # the library has no types
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines: deque[tuple[str, str]] = deque(maxlen=10_000)  # (severity, message)
+
+        def log(self, severity: Any, message: str) -> None:
+            logger.debug("%s: %s", severity.name, message)
+            if severity.name != "VERBOSE":
+                self.lines.append((severity.name, message))
+
+        def errors(self) -> list[str]:
+            """What the library complained about since `lines` were cleared."""
+            return [text for severity, text in list(self.lines) if severity in ("ERROR", "INTERNAL_ERROR")]
+
+    return Log()
+
+
+def this_platform() -> tuple[str, str]:
+    """Operating system and processor as EngineInfo names them, such as ("linux", "x86_64")."""
+    machine = platform.machine().lower()
+    return platform.system().lower(), _MACHINES.get(machine, machine)
+
+
+def _module(flavor: str) -> str:
+    return flavor.replace("-", "_")
+
+
+def _refuse_without_memory(artifact: Artifact, driver: Driver) -> None:
+    """Raises OutOfResource unless weights and the smallest profile fit; what is not known counts as nothing."""
+    assert artifact.engine is not None  # `refuses` saw to it
+    weights = artifact.engine.weights_bytes or 0
+    activations = min(map(_activation_bytes, artifact.engine.profiles), default=0)
+    memory = driver.memory()
+    if weights + activations > memory.free_bytes:
+        raise OutOfResource(
+            f"{artifact.name} needs {show_size(weights + activations)} of device memory (weights {show_size(weights)}, "
+            f"activations of its smallest profile {show_size(activations)}), {show_size(memory.free_bytes)} of "
+            f"{show_size(memory.total_bytes)} are free on {driver.name}"
+        )
+
+
+def _activation_bytes(profile: Profile) -> int:
+    return profile.activation_bytes or 0
+
+
+def _covers(profile: Profile, shapes: Shapes) -> bool:
+    """Whether every dimension of every input lies within the profile."""
+    return all(
+        low <= size <= high
+        for name, shape in shapes.items()
+        for low, size, high in zip(profile.min[name], shape, profile.max[name], strict=True)
+    )

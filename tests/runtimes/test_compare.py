@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memopt.accuracy import agreement, sqnr_db, topk
+from memopt.compare import cells, compare, subjects
+from memopt.errors import BackendError, InputRefused, OutOfResource, UsageError
+from memopt.probe import Request, measure
+from memopt.report import COLUMNS, Report, cells_of, read_report
+from memopt.tensors import Array
+
+
+@pytest.fixture(scope="module")
+def report(tiny_bundle: Path, tiny_inputs: Array, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    broken = tmp_path_factory.mktemp("broken") / "broken.onnx"
+    broken.write_bytes(b"not a model")
+    todo = cells(subjects([tiny_bundle, broken]), batches=(1, 4), runtimes=("onnxruntime",), devices=("cpu",))
+    labels = np.zeros(len(tiny_inputs), np.int64)
+    return compare(todo, {"input": tiny_inputs}, labels, reference="large", source="by hand")
+
+
+def test_every_cell_has_a_row_in_the_order_asked_for(report: Report) -> None:
+    assert [(row.name, row.batch) for row in report.rows] == [
+        ("large", 1), ("large", 4), ("small", 1), ("small", 4), ("broken.onnx", 1), ("broken.onnx", 4),
+    ]  # fmt: skip
+
+
+def test_a_broken_artifact_carries_its_reason_and_stops_nothing(report: Report) -> None:
+    assert all("onnxruntime cannot open broken.onnx" in str(row.reason) for row in report.rows[4:])
+    assert all(row.reason is None for row in report.rows[:4])
+
+
+def test_rows_hold_real_figures(report: Report) -> None:
+    for row in report.rows[:4]:
+        assert row.p50_ms is not None
+        assert 0 < row.p50_ms <= (row.p95_ms or 0)
+        assert row.placement == "CPUExecutionProvider"
+        assert row.private_bytes is None or 0 < row.private_bytes < 2**28
+        assert row.bill is not None
+        assert set(row.bill.phases) == {"import", "load", "first run", "steady"}
+
+
+def test_the_reference_agrees_with_itself_at_every_batch(report: Report) -> None:
+    assert [row.agreement for row in report.rows[:2]] == [1.0, 1.0]
+    assert report.rows[2].agreement is not None
+    assert report.rows[2].agreement < 1.0
+    assert report.rows[0].top1 == report.rows[1].top1
+
+
+def test_a_report_survives_json_and_becomes_markdown(report: Report) -> None:
+    assert read_report(report.to_json().encode()) == report
+    json.loads(report.to_json())
+    lines = report.to_markdown().splitlines()
+    assert len(lines) == 2 + len(report.rows)
+    assert {line.count("|") for line in lines} == {len(COLUMNS) + 1}
+    assert {len(cells_of(row)) for row in report.rows} == {len(COLUMNS)}
+
+
+def test_impossible_questions_are_refused(tiny_bundle: Path, tiny_inputs: Array) -> None:
+    found = subjects([tiny_bundle])
+    with pytest.raises(UsageError, match="runtime 'tvm' is not known"):
+        cells(found, batches=(1,), runtimes=("tvm",))
+    with pytest.raises(UsageError, match="batch is 0"):
+        cells(found, batches=(0,))
+    with pytest.raises(UsageError, match="reference 'x' is not among"):
+        compare(cells(found, batches=(1,)), {"input": tiny_inputs}, None, reference="x")
+    with pytest.raises(InputRefused, match=r"x\.txt is no model file"):
+        subjects([Path("x.txt")])
+
+
+def request_for(bundle: Path, folder: Path, **fields: object) -> Request:
+    np.save(folder / "x.npy", np.zeros((2, 1, 8, 8), np.float32))
+    plain = {"path": str(bundle), "runtime": "onnxruntime", "device": "cpu", "batch": 1, "variant": "large"}
+    return Request(**{**plain, "inputs": {"input": str(folder / "x.npy")}, **fields})  # type: ignore[arg-type]
+
+
+def test_what_the_child_refuses_the_parent_raises(tiny_bundle: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "wide.npy", np.zeros((2, 1, 8, 9), np.float32))
+    with pytest.raises(InputRefused, match="expects shape"):
+        measure(request_for(tiny_bundle, tmp_path, inputs={"input": str(tmp_path / "wide.npy")}))
+
+
+def test_a_child_that_dies_or_hangs_becomes_a_line(tiny_bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    request = request_for(tiny_bundle, tmp_path)
+    with pytest.raises(OutOfResource, match=r"longer than 0\.01 s"):
+        measure(request, timeout_s=0.01)
+    program = tmp_path / "python"
+    monkeypatch.setattr("sys.executable", str(program))
+    for body, kind, said in (
+        ("kill -SEGV $$", BackendError, "killed by SIGSEGV"),
+        ("kill -KILL $$", OutOfResource, "killed by SIGKILL"),
+        ("echo broken library >&2; exit 1", BackendError, "broken library"),
+    ):
+        program.write_text(f"#!/bin/sh\n{body}\n")
+        program.chmod(0o755)
+        with pytest.raises(kind, match=said):
+            measure(request)
+
+
+def test_accuracy_figures_by_hand() -> None:
+    logits = np.array([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [2.0, 1.0, 3.0]])
+    assert topk(logits, np.array([0, 0, 0]), k=1) == pytest.approx(1 / 3)
+    assert topk(logits, np.array([0, 0, 0]), k=2) == pytest.approx(2 / 3)
+    assert agreement(logits, logits * 2) == 1.0
+    assert sqnr_db(logits, logits) == float("inf")
+    assert sqnr_db(np.array([0.9]), np.array([1.0])) == pytest.approx(20.0)
+    with pytest.raises(InputRefused, match="for 2 labels"):
+        topk(logits, np.array([0, 0]), k=1)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memopt.errors import IntegrityError, MemoptError
+from memopt.manifest import (
+    EngineInfo,
+    File,
+    Golden,
+    Manifest,
+    MemoryPoint,
+    Profile,
+    Stage,
+    Variant,
+    VariantMemory,
+    decode,
+    encode,
+)
+from memopt.tensors import TensorSpec
+
+SHA = "0" * 64
+PROFILE = Profile({"x": (1, 3)}, {"x": (1, 3)}, {"x": (8, 3)}, 4096)
+ENGINE = EngineInfo("tensorrt-rtx", "1.7.1.116", ("sm86",), "linux", "x86_64", (PROFILE,), 10, SHA)
+MEMORY = VariantMemory(10, 8, 4, (MemoryPoint(1, 5, None, 7, "by hand", "onnxruntime"),))
+PLAIN = Variant("a", "dense", "fp32", "onnxruntime", "a.onnx", SHA, MEMORY, metrics={"test_top1": 0.5})
+BUILT = Variant("b", "dense", "fp16", "tensorrt-rtx", "b.engine", SHA, MEMORY, engine=ENGINE, source="a")
+FULL = Manifest(
+    name="m",
+    inputs=(TensorSpec("x", "float32", ("batch", 3)),),
+    outputs=(TensorSpec("y", "float32", ("batch", 2)),),
+    variants=(PLAIN, BUILT),
+    files=(File("a.onnx", 10, SHA), File("b.engine", 10, SHA), File("g.npy", 1, SHA), File("h.npy", 1, SHA)),
+    preprocess=({"op": "resize", "size": [2, 2]},),
+    golden=Golden({"x": "g.npy"}, {"y": "h.npy"}, "a", {"a": 0.1}),
+    lineage=(Stage("train", SHA, (), {"epochs": 3}),),
+)
+
+
+def changed(**fields: object) -> bytes:
+    plain = json.loads(encode(FULL))
+    return json.dumps({key: value for key, value in (plain | fields).items() if value is not ...}).encode()
+
+
+def test_a_manifest_survives_the_way_to_json_and_back() -> None:
+    assert decode(encode(FULL)) == FULL
+    assert encode(decode(encode(FULL))) == encode(FULL)
+
+
+@given(st.text(max_size=20), st.dictionaries(st.text(max_size=8), st.floats(-1e6, 1e6), max_size=4))
+def test_any_name_and_metrics_survive(name: str, metrics: dict[str, float]) -> None:
+    manifest = replace(FULL, name=name, variants=(replace(PLAIN, metrics=metrics), BUILT))
+    assert decode(encode(manifest)) == manifest
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "not valid JSON"),
+        (b"\xef\xbb\xbf{}", "not valid JSON"),
+        ("{}".encode("utf-16"), "not valid JSON"),
+        (b"[]", "expected dict, got list"),
+        (b"{}", "field 'name' is missing"),
+        (b'{"name": "a", "name": "b"}', "'name' stands twice"),
+        (b'{"name": NaN}', "NaN is not a number"),
+        (b'{"name": 1e999}', "1e999 is not a number"),
+        (b"[" * 100_000, "JSON"),
+        (b"1" * 5000, "not valid JSON"),
+        (b" " * (4 * 2**20 + 1), "at most"),
+        (changed(name=3), "memopt.json.name: expected str, got int"),
+        (changed(hidden=1), "unknown field 'hidden'"),
+        (changed(format="zip"), "format is 'zip'"),
+        (changed(schema="2.0"), "schema is 2.0"),
+        (changed(files=[]), "not among its files"),
+        (changed(files=[{"path": "a.onnx", "size_bytes": 1, "sha256": "abc"}]), "not among|no valid"),
+        (changed(labels="none.txt"), "'none.txt', which is not among its files"),
+        (changed(inputs=[{"name": "x", "dtype": "float33", "shape": []}]), "float33"),
+        (changed(inputs=[{"name": "x", "dtype": "float32", "shape": [True]}]), "none of"),
+    ],
+)
+def test_what_is_no_manifest_is_refused_with_the_reason(data: bytes, said: str) -> None:
+    with pytest.raises(MemoptError, match=said) as caught:
+        decode(data)
+    assert caught.value.exit_code in (3, 4)
+
+
+def test_variants_and_files_are_unique_and_sources_exist() -> None:
+    with pytest.raises(IntegrityError, match="variant id 'a' stands twice"):
+        replace(FULL, variants=(PLAIN, PLAIN))
+    with pytest.raises(IntegrityError, match=r"file 'a\.onnx' stands twice"):
+        replace(FULL, files=(*FULL.files, FULL.files[0]))
+    with pytest.raises(IntegrityError, match="comes from 'z'"):
+        replace(FULL, variants=(PLAIN, replace(BUILT, source="z")))
+    with pytest.raises(IntegrityError, match="no variant 'z'; hint: one of a, b"):
+        FULL.variant("z")
+
+
+def test_a_later_minor_schema_still_loads() -> None:
+    assert decode(changed(schema="1.7")).schema == "1.7"

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import memopt
+from memopt.bundle import open_bundle
+from memopt.choice import choose
+from memopt.errors import BackendError, InputRefused, IntegrityError, OutOfResource, UsageError
+from memopt.model import Model
+from memopt.tensors import Array
+
+
+@pytest.fixture
+def model(tiny_bundle: Path) -> Iterator[Model]:
+    with memopt.load(tiny_bundle, device="cpu", variant="large") as opened:
+        yield opened
+
+
+def test_the_golden_inputs_give_the_golden_outputs(tiny_bundle: Path, model: Model) -> None:
+    inputs, outputs = open_bundle(tiny_bundle).golden()
+    np.testing.assert_allclose(model(inputs["input"]), outputs[0], rtol=1e-5)
+
+
+def test_run_has_onnxruntimes_signature(model: Model, tiny_inputs: Array) -> None:
+    (everything,) = model.run(None, {"input": tiny_inputs})
+    (named,) = model.run(["logits"], {"input": tiny_inputs})
+    assert np.array_equal(everything, named)
+    with pytest.raises(InputRefused, match="output 'x' does not exist; hint: logits"):
+        model.run(["x"], {"input": tiny_inputs})
+
+
+def test_predict_takes_files_and_arrays(model: Model, picture: Path) -> None:
+    from memopt.image import read_image
+
+    by_file, by_array, by_plane = model.predict([picture, read_image(picture), read_image(picture)[..., 0]], topk=2)
+    assert by_file == by_array == by_plane
+    assert [p.label in ("zero", "one", "two") for p in by_file] == [True, True]
+    assert by_file[0].probability >= by_file[1].probability > 0
+    assert model.predict([]) == []
+
+
+def test_predictions_over_all_classes_sum_to_one(model: Model, picture: Path) -> None:
+    (best,) = model.predict([picture], topk=10)
+    assert sum(p.probability for p in best) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((8, 8), np.float32), np.zeros((1, 1, 8, 8), np.uint8)])
+def test_pictures_are_uint8_planes(model: Model, bad: Array) -> None:
+    with pytest.raises(InputRefused, match="a picture is uint8"):
+        model.predict([bad])
+
+
+def test_the_wrong_number_of_inputs_is_refused(model: Model, tiny_inputs: Array) -> None:
+    with pytest.raises(InputRefused, match="1 inputs, got 2"):
+        model(tiny_inputs, tiny_inputs)
+
+
+def test_fit_batch_splits_larger_inputs_without_changing_the_result(model: Model, tiny_inputs: Array) -> None:
+    whole = model(tiny_inputs)
+    fit = model.fit_batch(8 * 2**20 + 5 * 2**16)
+    assert fit.batch == 5
+    assert fit.need_bytes <= fit.limit_bytes
+    np.testing.assert_allclose(model(tiny_inputs), whole, rtol=1e-5)
+    with pytest.raises(OutOfResource, match=r"needs 8\.06 MiB at batch 1, the limit is 1\.00 MiB"):
+        model.fit_batch("1MiB")
+
+
+def test_the_bill_is_above_the_baseline(model: Model, tiny_inputs: Array) -> None:
+    model(tiny_inputs)
+    bill = model.memory()
+    assert set(bill.phases) == {"import", "load", "steady"}
+    steady = bill.private_bytes()
+    assert steady is None or steady < 2**30
+
+
+def test_use_after_close_is_refused(tiny_bundle: Path, tiny_inputs: Array) -> None:
+    with memopt.load(tiny_bundle, device="cpu") as opened:
+        pass
+    with pytest.raises(BackendError, match="is closed"):
+        opened(tiny_inputs)
+
+
+def test_without_a_limit_the_smallest_accurate_variant_is_taken(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    assert choose(bundle, device="cpu").variant.id == "large"
+    assert choose(bundle, device="cpu", max_drop=2.5).variant.id == "small"
+
+
+def test_a_tight_limit_takes_the_most_accurate_that_fits_and_says_so(tiny_bundle: Path) -> None:
+    chosen = choose(open_bundle(tiny_bundle), device="cpu", memory_limit=4 * 2**20)
+    assert chosen.variant.id == "small"
+    assert "the most accurate within 4.00 MiB, 2.00 pp below the best" in chosen.why[-1]
+
+
+def test_a_limit_that_nothing_meets_names_the_least_that_is_needed(tiny_bundle: Path) -> None:
+    with pytest.raises(OutOfResource, match=r"smallest variant, small, needs 2\.06 MiB at batch 1"):
+        memopt.load(tiny_bundle, device="cpu", memory_limit="1MiB")
+
+
+def test_auto_falls_back_in_the_stated_order_and_says_why(tiny_bundle: Path) -> None:
+    chosen = choose(open_bundle(tiny_bundle), device="auto")
+    assert chosen.why[0].startswith("tensorrt cuda:")
+    assert chosen.device in ("cuda", "cpu")
+
+
+def test_a_named_device_is_required(tiny_bundle: Path) -> None:
+    with pytest.raises(BackendError, match="nothing that runs on tensorrt"):
+        memopt.load(tiny_bundle, device="tensorrt")
+    with pytest.raises(UsageError, match="device 'npu' is not known"):
+        memopt.load(tiny_bundle, device="npu")
+    with pytest.raises(IntegrityError, match="no variant 'x'; hint: one of large, small"):
+        memopt.load(tiny_bundle, variant="x")
+    with pytest.raises(UsageError, match="'12QB' is not a size"):
+        memopt.load(tiny_bundle, memory_limit="12QB")
+
+
+def test_the_bundle_may_be_replaced_while_it_is_open(tiny_bundle: Path, tmp_path: Path, tiny_inputs: Array) -> None:
+    from memopt.files import write_atomically
+
+    copy = tmp_path / "copy.mopt"
+    copy.write_bytes(tiny_bundle.read_bytes())
+    with memopt.load(copy, device="cpu", variant="large") as opened:
+        before = opened(tiny_inputs)
+        write_atomically(copy, b"something else", force=True)
+        assert np.array_equal(opened(tiny_inputs), before)
