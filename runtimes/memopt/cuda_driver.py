@@ -13,7 +13,7 @@ import threading
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -82,8 +82,7 @@ Held = TypeVar("Held", DeviceBuffer, HostBuffer, Stream)
 _FREE = {DeviceBuffer: "cuMemFree_v2", HostBuffer: "cuMemFreeHost", Stream: "cuStreamDestroy_v2"}
 
 
-@dataclass(frozen=True)
-class MemoryInfo:
+class MemoryInfo(NamedTuple):
     """The device's memory as its driver sees it, all processes together."""
 
     free_bytes: int
@@ -117,7 +116,7 @@ class Driver:
         self.sm = f"sm{self._attribute(_MAJOR)}{self._attribute(_MINOR)}"
         self.version = self._read_version()
 
-    def memory(self) -> MemoryInfo:
+    def mem_info(self) -> MemoryInfo:
         """Free and total memory of the device."""
         free, total = c_size_t(), c_size_t()
         self._call_in_context("cuMemGetInfo_v2", byref(free), byref(total))
@@ -129,10 +128,10 @@ class Driver:
         try:
             self._call_in_context("cuMemAlloc_v2", byref(address), max(size_bytes, 1))  # CUDA refuses 0
         except OutOfResource as error:
-            memory = self.memory()
+            free_bytes, total_bytes = self.mem_info()
             raise OutOfResource(
-                f"{show_size(size_bytes)} of device memory are needed, {show_size(memory.free_bytes)} of "
-                f"{show_size(memory.total_bytes)} are free on {self.name}"
+                f"{show_size(size_bytes)} of device memory are needed, {show_size(free_bytes)} of "
+                f"{show_size(total_bytes)} are free on {self.name}"
             ) from error
         return self._keep(DeviceBuffer(address.value, size_bytes))
 

@@ -469,12 +469,12 @@ def _refuse_without_memory(artifact: Artifact, driver: Driver) -> None:
     assert artifact.engine is not None  # `refuses` saw to it
     weights = artifact.engine.weights_bytes or 0
     activations = min(map(_activation_bytes, artifact.engine.profiles), default=0)
-    memory = driver.memory()
-    if weights + activations > memory.free_bytes:
+    free_bytes, total_bytes = driver.mem_info()
+    if weights + activations > free_bytes:
         raise OutOfResource(
             f"{artifact.name} needs {show_size(weights + activations)} of device memory (weights {show_size(weights)}, "
-            f"activations of its smallest profile {show_size(activations)}), {show_size(memory.free_bytes)} of "
-            f"{show_size(memory.total_bytes)} are free on {driver.name}"
+            f"activations of its smallest profile {show_size(activations)}), {show_size(free_bytes)} of "
+            f"{show_size(total_bytes)} are free on {driver.name}"
         )
 
 

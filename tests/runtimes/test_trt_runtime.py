@@ -1,0 +1,672 @@
+"""The TensorRT runtimes: refusals, profiles and memory, on a fake library and GPU; on real ones where there are any.
+
+The fake engine is JSON (`ENGINE`) and computes `y = 2x + 1` and the row sums of x. It is strict where the library is
+careless: activation memory that is missing, freed or too small for the profile is an error, not a wrong number.
+"""
+
+import ctypes
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from memopt.artifact import Artifact
+from memopt.cuda_driver import open_driver
+from memopt.errors import BackendError, InputRefused, OutOfResource
+from memopt.manifest import EngineInfo, Profile
+from memopt.session import Runtime, Session
+from memopt.tensors import TensorSpec
+from memopt.trt_runtime import TENSORRT, TENSORRT_RTX, TrtRuntime, library_log, this_platform
+
+DEVICE, HOST, STREAM = range(3)
+WEIGHTS, SMALL, LARGE = 5000, 2048, 40_000
+ENGINE = {"profiles": [[2, 8, 32], [1, 1, 1]], "activations": [LARGE, SMALL], "weights": WEIGHTS}
+ROW_BYTES = (4 + 4 + 1) * 4  # x, y and sum, one sample
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed, so the fake libcuda cannot be compiled")
+    library = tmp_path_factory.mktemp("fake_cuda") / "libcuda.so.1"
+    source = Path(__file__).with_name("fake_cuda.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-pthread", source, "-o", library], check=True)
+    return library
+
+
+@pytest.fixture
+def cuda(compiled, tmp_path):
+    """A fake libcuda of this test's own."""
+    loaded = ctypes.CDLL(str(shutil.copy(compiled, tmp_path)))
+    loaded.fake_set_total.argtypes = (ctypes.c_size_t,)
+    loaded.fake_size.argtypes, loaded.fake_size.restype = (ctypes.c_uint64,), ctypes.c_size_t
+    loaded.fake_used.restype = ctypes.c_size_t
+    loaded.fake_flush.argtypes = (ctypes.c_void_p,)
+    return loaded
+
+
+@pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
+def flavor(request):
+    return request.param
+
+
+@pytest.fixture
+def trt(cuda, flavor, monkeypatch):
+    """The fake library, in the place of the real one."""
+    module = fake_library(flavor.replace("-", "_"), cuda)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+@pytest.fixture
+def runtime(cuda, trt, flavor):
+    return TrtRuntime(flavor, cuda_library=cuda._name)
+
+
+@pytest.fixture
+def info(flavor):
+    os, arch = this_platform()
+    profiles = (profile(2, 32, LARGE), profile(1, 1, SMALL))
+    return EngineInfo(flavor, "1.7.1.116", ("sm80", "sm86"), os, arch, profiles, WEIGHTS, "0" * 64)
+
+
+@pytest.fixture
+def artifact(info):
+    return artifact_of(info)
+
+
+@pytest.fixture
+def session(runtime, artifact):
+    opened = runtime.open(artifact, device="cuda")
+    yield opened
+    opened.close()
+
+
+def profile(low, high, activation_bytes):
+    return Profile({"x": (low, 4)}, {"x": (high, 4)}, {"x": (high, 4)}, activation_bytes)
+
+
+def artifact_of(info, **engine):
+    data = json.dumps(ENGINE | engine).encode()
+    return Artifact("m.engine", "engine", memoryview(data), len(data), engine=info)
+
+
+def batch_of(size, seed=0):
+    return np.random.default_rng(seed).normal(size=(size, 4)).astype(np.float32)
+
+
+def assert_runs(session, x):
+    y, total = session.run({"x": x})
+    np.testing.assert_array_equal(y, 2 * x + 1)
+    np.testing.assert_allclose(total, x.sum(axis=1), rtol=1e-5)
+
+
+# ---- What is answered without an engine.
+
+
+def test_objects_satisfy_the_protocols(session):
+    runtimes: list[Runtime] = [TENSORRT, TENSORRT_RTX]
+    opened: Session = session
+    assert [(runtime.NAME, runtime.DEVICES) for runtime in runtimes] == [
+        ("tensorrt", ("cuda",)),
+        ("tensorrt-rtx", ("cuda",)),
+    ]
+    assert callable(opened.run)
+
+
+def test_version_is_the_libraries_and_makes_no_context(runtime, cuda):
+    assert runtime.version() == "1.7.1.116"
+    assert runtime.unavailable("cuda") is None
+    assert cuda.fake_contexts() == 0
+
+
+@pytest.mark.parametrize(("installed", "version"), [("10.7.0.post1", "10.7.0"), ("10.16.1.11", "10.16.1.11")])
+def test_version_of_a_library_not_imported_is_its_distributions(monkeypatch, installed, version):
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.setattr("importlib.metadata.version", {"tensorrt": installed}.__getitem__)
+    assert TENSORRT.version() == version
+    assert "tensorrt" not in sys.modules
+
+
+def test_missing_library_says_what_to_type(flavor, monkeypatch):
+    forget_library(flavor, monkeypatch)
+    runtime = TrtRuntime(flavor)
+    reason = f"{TITLE[flavor]} is not installed; hint: pip install 'memopt[{flavor}]'"
+    assert runtime.version() is None
+    assert runtime.unavailable("cuda") == reason
+    with pytest.raises(BackendError) as refused:
+        runtime.load_library()
+    assert str(refused.value) == reason
+
+
+def test_broken_library_says_what_is_missing(runtime, flavor, monkeypatch):
+    def broken(_name):
+        raise OSError("libnvinfer.so.11: cannot open shared object file")
+
+    monkeypatch.setattr("memopt.trt_runtime.import_module", broken)
+    reason = f"{flavor.replace('-', '_')} cannot be imported: libnvinfer.so.11: cannot open shared object file"
+    assert runtime.unavailable("cuda") == reason
+
+
+def test_missing_driver_is_found_before_the_library_is_touched(flavor, trt, artifact):
+    trt.Runtime = None  # the real one crashes without a driver
+    runtime = TrtRuntime(flavor, cuda_library="/nowhere.so")
+    assert runtime.unavailable("cuda").startswith("no NVIDIA driver on this machine (/nowhere.so")
+    with pytest.raises(BackendError, match=r"^no NVIDIA driver on this machine"):
+        runtime.open(artifact)
+
+
+def test_other_devices_are_refused(runtime, artifact):
+    with pytest.raises(BackendError, match=f"^{TITLE[runtime.NAME]} runs on cuda, not on cpu$"):
+        runtime.open(artifact, device="cpu")
+
+
+# ---- What an EngineInfo refuses, cheapest first.
+
+
+def test_fitting_engine_is_not_refused(runtime, artifact, cuda):
+    assert runtime.refuses(artifact) is None
+    assert cuda.fake_contexts() == 0
+
+
+def test_other_kinds_are_refused(runtime, artifact):
+    title = TITLE[runtime.NAME]
+    assert runtime.refuses(replace(artifact, kind="onnx")) == f"{title} opens .engine with its EngineInfo, not .onnx"
+    assert runtime.refuses(replace(artifact, engine=None)) == f"{title} opens .engine with its EngineInfo, not .engine"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"flavor": "other"}, "was built by other, this is FLAVOR"),
+        ({"version": "1.6.0.1"}, "was built by TITLE 1.6.0.1, 1.7.1.116 is installed"),
+        ({"arch": "riscv64"}, "was built for OS riscv64, this machine is OS ARCH"),
+        ({"targets": ("sm75", "sm89")}, "needs sm75 or sm89, this GPU (Fake GPU) is sm86"),
+    ],
+)
+def test_refusal_names_have_want_and_command(runtime, info, change, reason):
+    os, arch = this_platform()
+    for name, value in {"FLAVOR": runtime.NAME, "TITLE": TITLE[runtime.NAME], "OS": os, "ARCH": arch}.items():
+        reason = reason.replace(name, value)
+    flavor, target = runtime.NAME, "local" if runtime.NAME == "tensorrt" else "sm86"
+    expected = f"m.engine {reason}; hint: memopt-export engine MODEL.onnx --flavor {flavor} --target {target}"
+    wrong = artifact_of(replace(info, **change))
+    assert runtime.refuses(wrong) == expected
+    with pytest.raises(BackendError) as refused:
+        runtime.open(wrong)
+    assert str(refused.value) == expected
+
+
+def test_only_rtx_engines_cross_operating_systems(runtime, info):
+    reason = runtime.refuses(artifact_of(replace(info, os="plan9")))
+    if runtime.NAME == "tensorrt-rtx":
+        assert reason is None
+    else:
+        assert "was built for plan9" in reason
+
+
+def test_gpu_that_rtx_cannot_target_is_sent_to_tensorrt(cuda, runtime, artifact):
+    cuda.fake_set_sm(9, 0)
+    assert runtime.refuses(artifact) == (
+        "m.engine needs sm80 or sm86, this GPU (Fake GPU) is sm90; "
+        "hint: memopt-export engine MODEL.onnx --flavor tensorrt --target local"
+    )
+
+
+def test_refusal_without_a_driver_names_the_engines_targets(flavor, trt, info):
+    reason = TrtRuntime(flavor, cuda_library="/nowhere.so").refuses(artifact_of(replace(info, version="1.0")))
+    assert reason.endswith(f"--target {'sm80,sm86'}")
+
+
+def test_too_little_memory_is_found_before_the_library_is_asked(cuda, trt, runtime, artifact):
+    cuda.fake_set_total(4096)
+    trt.Runtime = None
+    with pytest.raises(OutOfResource) as refused:
+        runtime.open(artifact)
+    assert str(refused.value) == (
+        "m.engine needs 6.88 KiB of device memory (weights 4.88 KiB, activations of its smallest profile 2.00 KiB), "
+        "4.00 KiB of 4.00 KiB are free on Fake GPU"
+    )
+
+
+def test_engine_the_library_refuses_is_told_in_its_words(runtime, info, cuda):
+    broken = replace(artifact_of(info), data=memoryview(b"not an engine"))
+    with pytest.raises(BackendError, match=r"^m.engine cannot be opened: Serialization assertion failed$"):
+        runtime.open(broken)
+    assert cuda.fake_used() == 0
+
+
+def test_library_that_does_not_start_is_not_called_again(trt, runtime, artifact):
+    trt.start_error = "CUDA initialization failure with error: 35"
+    with pytest.raises(BackendError, match=r"^the library does not start: CUDA initialization failure with error: 35$"):
+        runtime.open(artifact)
+
+
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [
+        ({"dtype": "FP8"}, "'x' of m.engine cannot be a numpy array: FP8 in DEVICE memory"),
+        ({"location": "HOST"}, "'x' of m.engine cannot be a numpy array: FLOAT in HOST memory"),
+    ],
+)
+def test_inputs_that_numpy_cannot_feed_are_refused(runtime, info, engine, reason):
+    with pytest.raises(BackendError, match=f"^{reason}$"):
+        runtime.open(artifact_of(info, **engine))
+
+
+# ---- An open session.
+
+
+def test_specs_and_placement_come_from_the_engine(session, flavor):
+    assert session.inputs == (TensorSpec("x", "float32", ("batch", 4)),)
+    assert session.outputs == (TensorSpec("y", "float32", ("batch", 4)), TensorSpec("sum", "float32", ("batch",)))
+    assert session.placement == f"{TITLE[flavor]} 1.7.1 on Fake GPU (sm86)"
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batches=st.lists(st.integers(1, 32), min_size=1, max_size=6))
+def test_outputs_equal_numpy_for_any_sequence_of_batches(session, batches):
+    for seed, size in enumerate(batches):
+        assert_runs(session, batch_of(size, seed))
+
+
+def test_outputs_belong_to_the_caller(session):
+    first = session.run({"x": np.zeros((2, 4), np.float32)})[0]
+    session.run({"x": np.ones((2, 4), np.float32)})
+    assert np.all(first == 1)
+
+
+def test_arrays_of_any_layout_are_taken(session):
+    x = batch_of(8)
+    assert_runs(session, np.asfortranarray(x))
+    assert_runs(session, np.repeat(x, 2, axis=0)[::2])
+    assert_runs(session, x.astype(">f4"))
+
+
+def test_smallest_profile_is_taken_at_open_and_grown_only_for_larger_batches(trt, session):
+    activations = session._activations
+    assert activations.size_bytes == SMALL
+    assert_runs(session, batch_of(1))
+    assert activations.size_bytes == SMALL
+    assert_runs(session, batch_of(2))
+    assert activations.size_bytes == LARGE
+    assert_runs(session, batch_of(1))
+    assert activations.size_bytes == LARGE
+    assert trt.profiles_used == [1, 0, 1]
+
+
+def test_buffers_are_reused(cuda, session):
+    assert_runs(session, batch_of(32))
+    made = [cuda.fake_allocations(kind) for kind in (DEVICE, HOST, STREAM)]
+    for size in (1, 32, 7, 2, 31, 32):
+        assert_runs(session, batch_of(size))
+    assert [cuda.fake_allocations(kind) for kind in (DEVICE, HOST, STREAM)] == made
+
+
+def test_device_bytes_are_what_the_driver_counts(cuda, session):
+    for size, activations in ((1, SMALL), (4, LARGE), (32, LARGE)):
+        assert_runs(session, batch_of(size))
+        assert session.device_bytes == WEIGHTS + activations + size * ROW_BYTES == cuda.fake_used()
+    session.close()
+    assert session.device_bytes == 0
+
+
+def test_weights_are_taken_from_the_manifest_where_the_library_cannot_tell(trt, runtime, info, monkeypatch):
+    monkeypatch.delattr(trt.ICudaEngine, "get_engine_stat")
+    known, unknown = runtime.open(artifact_of(info)), runtime.open(artifact_of(replace(info, weights_bytes=None)))
+    assert known.device_bytes == WEIGHTS + SMALL + ROW_BYTES
+    assert unknown.device_bytes is None
+    known.close()
+    unknown.close()
+
+
+def test_profile_that_does_not_fit_leaves_the_small_one_usable(cuda, session):
+    cuda.fake_set_total(WEIGHTS + SMALL + 2000)
+    with pytest.raises(OutOfResource, match=r"^39.1 KiB of device memory are needed, .* are free on Fake GPU$"):
+        session.run({"x": batch_of(2)})
+    assert_runs(session, batch_of(1))
+    cuda.fake_set_total(2**20)
+    assert_runs(session, batch_of(2))
+
+
+def test_profile_of_no_activations_runs(runtime, info):
+    """TensorRT-RTX reports 0 bytes for a single MatMul."""
+    session = runtime.open(artifact_of(info, activations=[LARGE, 0]))
+    assert_runs(session, batch_of(1))
+    session.close()
+
+
+def test_batch_outside_all_profiles_names_them(session):
+    with pytest.raises(InputRefused) as refused:
+        session.run({"x": batch_of(33)})
+    assert str(refused.value) == (
+        "batch 33 is outside the profiles of m.engine, which cover 1..1, 2..32; "
+        "hint: split the batch, or memopt-export engine MODEL.onnx --batch MIN,OPT,MAX"
+    )
+    assert_runs(session, batch_of(32))
+
+
+def test_wrong_inputs_are_refused(session):
+    with pytest.raises(InputRefused, match="the model expects"):
+        session.run({"z": batch_of(1)})
+    with pytest.raises(InputRefused, match="expects float32, got float64"):
+        session.run({"x": batch_of(1).astype(np.float64)})
+    with pytest.raises(InputRefused, match=r"expects shape \(batch, 4\), got \(1, 5\)"):
+        session.run({"x": np.zeros((1, 5), np.float32)})
+
+
+def test_inputs_of_different_batches_are_refused(runtime, info):
+    session = runtime.open(artifact_of(info, second_input=True))
+    with pytest.raises(InputRefused, match=r"^the inputs of m.engine have different batches: \[2, 3\]$"):
+        session.run({"x": batch_of(2), "x2": batch_of(3)})
+    session.close()
+
+
+def test_output_of_unknown_shape_is_refused(runtime, info):
+    with pytest.raises(BackendError, match=r"^output 'y' of m.engine has a shape that depends on the data: \(-1, 4\)$"):
+        runtime.open(artifact_of(info, unknown_output=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        ("create_execution_context", "has no execution context"),
+        ("set_optimization_profile_async", "cannot switch to profile 1"),
+        ("set_input_shape", r"refuses shape \(1, 4\) of 'x'"),
+        ("set_tensor_address", "refuses the address of 'x'"),
+    ],
+)
+def test_call_that_the_library_denies_is_named(cuda, trt, runtime, artifact, call, problem):
+    trt.denied = call
+    with pytest.raises(BackendError, match=f"^m.engine {problem}: the library does not say why$"):
+        runtime.open(artifact)
+    assert [cuda.fake_live(kind) for kind in (DEVICE, HOST, STREAM)] == [0, 0, 0]
+
+
+def test_shapes_that_contradict_each_other_are_told(trt, runtime, artifact):
+    trt.denied = "infer_shapes"
+    with pytest.raises(BackendError, match=r"^m.engine has no output shapes for {'x': \(1, 4\)}: broadcast$"):
+        runtime.open(artifact)
+
+
+def test_failed_run_is_told_in_the_librarys_words_and_can_be_repeated(trt, session):
+    trt.run_error = "CUDNN_STATUS_EXECUTION_FAILED"
+    with pytest.raises(BackendError, match=r"^m.engine failed: CUDNN_STATUS_EXECUTION_FAILED$"):
+        session.run({"x": batch_of(2)})
+    trt.run_error = None
+    assert_runs(session, batch_of(2))
+
+
+def test_eight_threads_share_one_session(session):
+    arrays = [batch_of(1 + seed % 32, seed) for seed in range(64)]
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(lambda x: session.run({"x": x})[0], arrays))
+    for x, y in zip(arrays, results, strict=True):
+        np.testing.assert_array_equal(y, 2 * x + 1)
+
+
+def test_sessions_do_not_disturb_each_other(runtime, artifact, session):
+    second = runtime.open(artifact)
+    assert_runs(second, batch_of(32))
+    assert_runs(session, batch_of(1))
+    second.close()
+    assert_runs(session, batch_of(5))
+
+
+def test_close_frees_everything_and_ends_the_session(cuda, trt, runtime, artifact):
+    session = runtime.open(artifact)
+    assert_runs(session, batch_of(16))
+    session.close()
+    session.close()
+    assert [cuda.fake_live(kind) for kind in (DEVICE, HOST, STREAM)] == [0, 0, 0]
+    assert trt.gone == ["context", "engine", "runtime"]
+    with pytest.raises(BackendError, match=r"^m.engine is closed$"):
+        session.run({"x": batch_of(1)})
+
+
+def test_failed_open_leaves_nothing_behind(cuda, runtime, info):
+    cuda.fake_set_total(WEIGHTS + LARGE)  # enough for what EngineInfo says, which is not true
+    lying = artifact_of(info, activations=[LARGE + 1, LARGE + 1])
+    with pytest.raises(OutOfResource, match="of device memory are needed"):
+        runtime.open(lying)
+    assert [cuda.fake_live(kind) for kind in (DEVICE, HOST, STREAM)] == [0, 0, 0]
+
+
+def test_close_frees_the_rest_when_the_device_has_failed(cuda, runtime, artifact):
+    session = runtime.open(artifact)
+    cuda.fake_set_sync_result(700)
+    with pytest.raises(BackendError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        session.run({"x": batch_of(1)})
+    session.close()
+    assert [cuda.fake_live(kind) for kind in (DEVICE, HOST, STREAM)] == [0, 0, 0]
+
+
+def test_log_is_one_per_library_and_keeps_errors_apart(trt):
+    log = library_log(trt)
+    assert library_log(trt) is log
+    log.lines.clear()
+    assert log.errors() == []
+    log.log(trt.ILogger.Severity.INFO, "all is well")
+    log.log(trt.ILogger.Severity.ERROR, "it is not")
+    log.log(trt.ILogger.Severity.INTERNAL_ERROR, "at all")
+    log.log(trt.ILogger.Severity.VERBOSE, "and so on")
+    assert log.errors() == ["it is not", "at all"]
+    assert len(log.lines) == 3
+
+
+# ---- The real thing.
+
+
+def test_fake_has_nothing_that_the_real_library_lacks(cuda):
+    real, fake = pytest.importorskip("tensorrt_rtx"), fake_library("fake", cuda)
+    for kind in (fake.Runtime, fake.ICudaEngine, fake.IExecutionContext, fake.ILogger):
+        used = [name for name in vars(kind) if not name.startswith("_") and name not in ("view", "driver")]
+        assert [name for name in used if not hasattr(getattr(real, kind.__name__), name)] == []
+    for enum in (fake.TensorIOMode, fake.TensorLocation, fake.DataType, fake.EngineStat):
+        assert set(enum.__members__) <= set(getattr(real, enum.__name__).__members__)
+    assert hasattr(real.ExecutionContextAllocationStrategy, "USER_MANAGED")
+    assert hasattr(real.ICudaEngine, "num_io_tensors")
+    assert hasattr(real.ICudaEngine, "num_optimization_profiles")
+
+
+@pytest.mark.gpu
+def test_real_engine_equals_numpy(flavor, tmp_path):
+    runtime = TrtRuntime(flavor)
+    if reason := runtime.unavailable("cuda"):
+        pytest.skip(reason)
+    tensorrt_engine = pytest.importorskip("memopt_export.tensorrt_engine")
+    try:
+        settings = tensorrt_engine.EngineSettings(flavor, ("local",))
+        engine = tensorrt_engine.build(affine_model(), settings)
+    except BackendError as error:  # TensorRT-RTX has no such target
+        pytest.skip(str(error))
+    tensorrt_engine.save_engine(engine, tmp_path / "m.engine")
+    from memopt.artifact import open_artifact
+
+    session = runtime.open(open_artifact(tmp_path / "m.engine"))
+    small = session.device_bytes
+    arrays = [batch_of(size, size) for size in (1, 32, 2, 1, 17)]
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda x: session.run({"x": x})[0], arrays))
+    for x, y in zip(arrays, results, strict=True):
+        np.testing.assert_allclose(y, 2 * x + 1, rtol=1e-6)
+    assert session.device_bytes > small
+    session.close()
+
+
+def affine_model():
+    """ONNX bytes of y = 2x + 1 over (batch, 4)."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = [helper.make_node("Mul", ["x", "two"], ["d"]), helper.make_node("Add", ["d", "one"], ["y"])]
+    constants = [
+        numpy_helper.from_array(np.float32(value).reshape(1), name) for name, value in (("two", 2), ("one", 1))
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "affine", values[:1], values[1:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString()
+
+
+# ---- The fake library.
+
+TITLE = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+
+
+def forget_library(flavor, monkeypatch):
+    """As if the library had never been installed."""
+    from importlib.metadata import PackageNotFoundError
+
+    module = flavor.replace("-", "_")
+
+    def nothing(name):
+        raise PackageNotFoundError(name)
+
+    def no_module(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr("importlib.metadata.version", nothing)
+    monkeypatch.setattr("memopt.trt_runtime.import_module", no_module)
+
+
+def fake_library(name, cuda):
+    """A module that looks like tensorrt to the runtime; `cuda` is the fake GPU it computes on."""
+    trt = ModuleType(name)
+    trt.__version__ = "1.7.1.116"
+    trt.start_error = trt.run_error = trt.denied = None
+    trt.profiles_used, trt.gone = [], []
+    trt.TensorIOMode = Enum("TensorIOMode", "NONE INPUT OUTPUT")
+    trt.TensorLocation = Enum("TensorLocation", "DEVICE HOST")
+    trt.DataType = Enum("DataType", "FLOAT HALF FP8")
+    trt.EngineStat = Enum("EngineStat", "TOTAL_WEIGHTS_SIZE")
+    trt.ExecutionContextAllocationStrategy = Enum("ExecutionContextAllocationStrategy", "STATIC USER_MANAGED")
+
+    class ILogger:
+        Severity = Enum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE")
+
+    class Runtime:
+        def __init__(self, logger):
+            self.logger = logger
+            if trt.start_error:
+                logger.log(ILogger.Severity.ERROR, trt.start_error)
+
+        def deserialize_cuda_engine(self, data):
+            self.logger.log(ILogger.Severity.INFO, f"Loaded engine size: {len(data)}")
+            try:
+                return ICudaEngine(json.loads(bytes(data)))
+            except ValueError:
+                self.logger.log(ILogger.Severity.ERROR, "Serialization assertion failed")
+                return None
+
+        def __del__(self):
+            trt.gone.append("runtime")
+
+    class ICudaEngine:
+        def __init__(self, plan):
+            self.plan = plan
+            self.names = ["x", "x2", "y", "sum"] if plan.get("second_input") else ["x", "y", "sum"]
+            self.num_io_tensors = len(self.names)
+            self.num_optimization_profiles = len(plan["profiles"])
+            self.driver = open_driver(cuda._name)
+            self.weights = self.driver.device_buffer(plan["weights"])
+
+        def get_tensor_name(self, index):
+            return self.names[index]
+
+        def get_tensor_mode(self, name):
+            return trt.TensorIOMode.INPUT if name.startswith("x") else trt.TensorIOMode.OUTPUT
+
+        def get_tensor_dtype(self, name):
+            return trt.DataType[self.plan.get("dtype", "FLOAT")]
+
+        def get_tensor_location(self, name):
+            return trt.TensorLocation[self.plan.get("location", "DEVICE")]
+
+        def get_tensor_shape(self, name):
+            return [-1] if name == "sum" else [-1, 4]
+
+        def get_tensor_profile_shape(self, name, index):
+            return [[batch, 4] for batch in self.plan["profiles"][index]]
+
+        def get_device_memory_size_for_profile_v2(self, index):
+            return self.plan["activations"][index]
+
+        def get_engine_stat(self, stat):
+            return self.plan["weights"]
+
+        def create_execution_context(self, strategy):
+            assert strategy is trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            return None if trt.denied == "create_execution_context" else IExecutionContext(self)
+
+        def __del__(self):
+            trt.gone.append("engine")
+            self.driver.free(self.weights)
+
+    class IExecutionContext:
+        def __init__(self, engine):
+            self.plan = engine.plan
+            self.profile, self.memory, self.shapes, self.addresses = 0, (0, 0), {}, {}
+
+        def set_optimization_profile_async(self, index, stream):
+            trt.profiles_used.append(index)
+            self.profile, self.shapes = index, {}
+            return trt.denied != "set_optimization_profile_async"
+
+        def set_device_memory(self, address, size):
+            assert cuda.fake_size(address) >= size
+            self.memory = address, size
+
+        def set_input_shape(self, name, shape):
+            low, _, high = self.plan["profiles"][self.profile]
+            self.shapes[name] = shape
+            return trt.denied != "set_input_shape" and low <= shape[0] <= high
+
+        def infer_shapes(self):
+            if trt.denied == "infer_shapes":
+                raise RuntimeError("broadcast")
+            return []
+
+        def get_tensor_shape(self, name):
+            batch = -1 if self.plan.get("unknown_output") else self.shapes["x"][0]
+            return [batch] if name == "sum" else [batch, 4]
+
+        def set_tensor_address(self, name, address):
+            self.addresses[name] = address
+            return trt.denied != "set_tensor_address"
+
+        def execute_async_v3(self, stream):
+            if trt.run_error:
+                library_log(trt).log(ILogger.Severity.ERROR, trt.run_error)
+                return False
+            address, size = self.memory
+            assert size >= self.plan["activations"][self.profile]
+            assert cuda.fake_size(address) >= size
+            ctypes.memset(address, 0x5A, size)
+            cuda.fake_flush(stream)
+            x = self.view("x")
+            self.view("y")[...] = 2 * x + 1
+            self.view("sum")[...] = x.sum(axis=1)
+            return True
+
+        def view(self, name):
+            shape = self.get_tensor_shape(name)
+            count = int(np.prod(shape))
+            assert cuda.fake_size(self.addresses[name]) >= 4 * count
+            return np.ctypeslib.as_array((ctypes.c_float * count).from_address(self.addresses[name])).reshape(shape)
+
+        def __del__(self):
+            trt.gone.append("context")
+
+    for kind in (ILogger, Runtime, ICudaEngine, IExecutionContext):
+        setattr(trt, kind.__name__, kind)
+    return trt
