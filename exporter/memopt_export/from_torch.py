@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -117,7 +117,7 @@ def _to_graph(program: torch.export.ExportedProgram, example: torch.Tensor, chec
     import torch
 
     converted = torch.onnx.export(
-        program,
+        program.run_decompositions({torch.ops.aten.adaptive_avg_pool2d.default: _pool}),
         (example,),
         dynamo=True,
         opset_version=OPSET,
@@ -128,6 +128,20 @@ def _to_graph(program: torch.export.ExportedProgram, example: torch.Tensor, chec
     if converted is None:
         raise InputRefused(f"torch.onnx could not convert {checkpoint.network}")
     return Graph(converted.model_proto, checkpoint.sha256)
+
+
+def _pool(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Adaptive average pooling, a plain mean where it pools everything.
+
+    torch's own decomposition restores the memory format with as_strided, which becomes a dozen index nodes in ONNX for
+    pictures with one channel, whose format is ambiguous.
+    """
+    import torch
+
+    if list(size) == [1, 1]:
+        return x.mean((-2, -1), keepdim=True)
+    pooled: torch.Tensor = torch.ops.aten._adaptive_avg_pool2d(x, size)
+    return pooled
 
 
 def _serialize(program: torch.export.ExportedProgram, graph: Graph) -> bytes:

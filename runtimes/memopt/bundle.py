@@ -58,13 +58,17 @@ class Bundle:
         """Bytes of the variant in the bundle, external initializers included."""
         return len(self.entries[variant.model]) + (len(self.entries[variant.weights]) if variant.weights else 0)
 
-    def golden(self) -> tuple[dict[str, Array], list[Array]]:
-        """Golden inputs by name and the reference's outputs in order; ({}, []) when the bundle has none."""
+    def golden_inputs(self) -> dict[str, Array]:
+        """The samples on which every variant's outputs are known; empty when the bundle has none."""
+        golden = self.manifest.golden
+        return {name: self._array(path) for name, path in golden.inputs.items()} if golden is not None else {}
+
+    def golden_outputs(self, variant_id: str) -> list[Array]:
+        """What this variant computed for them on the machine that packed, in order; empty without golden samples."""
         golden = self.manifest.golden
         if golden is None:
-            return {}, []
-        inputs = {spec.name: self._array(golden.inputs[spec.name]) for spec in self.manifest.inputs}
-        return inputs, [self._array(golden.outputs[spec.name]) for spec in self.manifest.outputs]
+            return []
+        return [self._array(golden.outputs[variant_id][spec.name]) for spec in self.manifest.outputs]
 
     def verify(self) -> None:
         """Raises IntegrityError unless every file has the size and the sha256 that the manifest promises."""

@@ -93,12 +93,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Golden:
-    """Samples with the outputs of the reference variant, as .npy files: a device proves itself against them."""
+    """Samples with every variant's outputs on the machine that packed, as .npy files: the proof of a device."""
 
     inputs: dict[str, str]  # tensor name -> path
-    outputs: dict[str, str]
-    reference: str  # id of the variant that made the outputs
-    atol: dict[str, float]  # by variant id: the difference seen at build, with head room
+    outputs: dict[str, dict[str, str]]  # variant id -> tensor name -> path
+    atol: dict[str, float]  # variant id -> largest difference that another machine's arithmetic explains
 
 
 @dataclass(frozen=True)
@@ -156,6 +155,8 @@ class Manifest:
             if not re.fullmatch(r"[0-9a-f]{64}", file.sha256) or file.size_bytes < 0:
                 raise IntegrityError(f"file {file.path!r} has no valid size and sha256")
         ids = {variant.id for variant in self.variants}
+        if self.golden is not None and not ids == set(self.golden.outputs) == set(self.golden.atol):
+            raise IntegrityError("the golden outputs are not those of the variants")
         for variant in self.variants:
             if variant.source is not None and variant.source not in ids:
                 raise IntegrityError(
@@ -172,7 +173,8 @@ class Manifest:
     def _references(self) -> list[str]:
         named = [self.labels]
         if self.golden is not None:
-            named += [*self.golden.inputs.values(), *self.golden.outputs.values()]
+            named += self.golden.inputs.values()
+            named += [path for outputs in self.golden.outputs.values() for path in outputs.values()]
         for variant in self.variants:
             named += [variant.model, variant.weights]
         return [path for path in named if path is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from memopt.memory import Bill
@@ -60,9 +60,10 @@ class Report:
 
     def to_markdown(self) -> str:
         """The table for a README or a pull request."""
-        header = "| " + " | ".join(COLUMNS) + " |"
-        rule = "|" + "|".join("---" if i < 3 else "--:" for i in range(len(COLUMNS))) + "|"
-        return "\n".join([header, rule, *("| " + " | ".join(cells_of(row)) + " |" for row in self.rows)])
+        headings = columns_of(self)
+        rule = ["---" if heading in _TEXT_COLUMNS else "--:" for heading in headings]
+        cells = [[COLUMNS[heading](row) for heading in headings] for row in self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in (headings, rule, *cells))
 
 
 def read_report(data: bytes) -> Report:
@@ -70,35 +71,39 @@ def read_report(data: bytes) -> Report:
     return from_json(Report, data, where="report")
 
 
-COLUMNS = (
-    "Variant", "Runtime", "Batch", "File", "Private", "File-backed", "Peak", "Device", "p50", "Top-1", "Agree",
-)  # fmt: skip
+# Heading -> what a row says under it.
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "Variant": lambda row: row.name,
+    "Runtime": lambda row: f"{row.runtime} {row.device}",
+    "Batch": lambda row: str(row.batch),
+    "File": lambda row: _size(row.file_bytes),
+    "Weights": lambda row: _size(row.weights_bytes),
+    "Planned": lambda row: _size(row.activation_bytes),
+    "Private": lambda row: _measured(row, row.private_bytes),
+    "File-backed": lambda row: _measured(row, row.file_backed_bytes),
+    "Peak": lambda row: _measured(row, row.peak_bytes),
+    "Device": lambda row: _size(row.device_bytes),
+    "p50": lambda row: f"{row.p50_ms:.3f} ms" if row.p50_ms is not None else _NONE,
+    "Top-1": lambda row: _percent(row.top1),
+    "Agree": lambda row: _percent(row.agreement),
+}
+_TEXT_COLUMNS = ("Variant", "Runtime")
+_NONE = "–"
 
 
-def cells_of(row: Row) -> list[str]:
-    """The row as text, one string for each of COLUMNS; what was not measured is a dash."""
-    if row.reason is not None:
-        planned = f"planned {show_size(row.weights_bytes)} weights + {show_size(row.activation_bytes)} activations"
-        return [*_what(row), planned, "–", "–", "–", "–", "–", "–"] if row.weights_bytes else [*_what(row), *"–––––––"]
-    sizes = [row.private_bytes, row.file_backed_bytes, row.peak_bytes]
-    device = show_size(row.device_bytes) if row.device_bytes is not None else "–"
-    return [
-        *_what(row),
-        *(show_size(size) for size in sizes),
-        device,
-        _ms(row.p50_ms),
-        _percent(row.top1),
-        _percent(row.agreement),
-    ]
+def columns_of(report: Report) -> list[str]:
+    """The headings under which some row has something to say."""
+    return [heading for heading, said in COLUMNS.items() if any(said(row) != _NONE for row in report.rows)]
 
 
-def _what(row: Row) -> list[str]:
-    return [row.name, f"{row.runtime} {row.device}", str(row.batch), show_size(row.file_bytes)]
+def _size(size_bytes: int | None) -> str:
+    return _NONE if size_bytes is None else show_size(size_bytes)
 
 
-def _ms(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g} ms"
+def _measured(row: Row, size_bytes: int | None) -> str:
+    """A measured size; "unknown" where a measurement could not read it, a dash where there was none."""
+    return _NONE if row.reason is not None else show_size(size_bytes)
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None or math.isnan(share) else f"{100 * share:.2f}%"
+    return _NONE if share is None else f"{100 * share:.2f}%"

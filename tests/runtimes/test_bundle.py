@@ -32,10 +32,9 @@ def test_bundle_is_unchanged_when_the_file_moves(tiny_bundle: Path, tmp_path: Pa
 
 def test_labels_and_golden_samples_are_read(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
-    inputs, outputs = bundle.golden()
     assert bundle.labels == ("zero", "one", "two")
-    assert inputs["input"].shape == (4, 1, 8, 8)
-    assert outputs[0].shape == (4, 3)
+    assert bundle.golden_inputs()["input"].shape == (4, 1, 8, 8)
+    assert bundle.golden_outputs("small")[0].shape == (4, 3)
 
 
 def test_weights_start_on_a_page(tiny_bundle: Path) -> None:

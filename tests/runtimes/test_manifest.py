@@ -36,7 +36,7 @@ FULL = Manifest(
     variants=(PLAIN, BUILT),
     files=(File("a.onnx", 10, SHA), File("b.engine", 10, SHA), File("g.npy", 1, SHA), File("h.npy", 1, SHA)),
     preprocess=({"op": "resize", "size": [2, 2]},),
-    golden=Golden({"x": "g.npy"}, {"y": "h.npy"}, "a", {"a": 0.1}),
+    golden=Golden({"x": "g.npy"}, {"a": {"y": "h.npy"}, "b": {"y": "h.npy"}}, {"a": 0.1, "b": 0.2}),
     lineage=(Stage("train", SHA, (), {"epochs": 3}),),
 )
 
@@ -95,6 +95,8 @@ def test_variants_and_files_are_unique_and_sources_exist() -> None:
         replace(FULL, files=(*FULL.files, FULL.files[0]))
     with pytest.raises(IntegrityError, match="comes from 'z'"):
         replace(FULL, variants=(PLAIN, replace(BUILT, source="z")))
+    with pytest.raises(IntegrityError, match="golden outputs are not those of the variants"):
+        replace(FULL, golden=Golden({}, {}, {}))
     with pytest.raises(IntegrityError, match="no variant 'z'; hint: one of a, b"):
         FULL.variant("z")
 

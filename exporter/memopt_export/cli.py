@@ -1,0 +1,494 @@
+"""The command line, `memopt-export`. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from memopt import __version__
+from memopt.errors import AnswerIsNo, MemoptError, UsageError
+from memopt.sizes import parse_size
+
+PROGRAM = "memopt-export"
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+# Options that several commands share.
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")
+_force = click.option("--force", is_flag=True, help="Replace an existing output.")
+_data_root = click.option(
+    "--data-root",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where data sets lie; default $MEMOPT_DATA_ROOT.",
+)
+_seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything random.")
+_output = click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write.")
+_DATA = "digits, mnist, fashion-mnist, cifar10, images:DIR, FILE.npz or pkg.mod:function."
+_training_data = click.option("--data", default="digits", show_default=True, help=_DATA)
+
+
+def _training(command: _Command) -> _Command:
+    """The options of everything that trains."""
+    for option in (
+        click.option("--epochs", type=int, default=10, show_default=True, help="Passes over the training split."),
+        click.option("--batch-size", type=int, default=64, show_default=True, help="Samples in one step."),
+        click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="The highest one."),
+        click.option("--schedule", default="constant", show_default=True, help="constant or onecycle."),
+        click.option("--shift", type=int, default=0, show_default=True, help="Pixels by which pictures are moved."),
+        _seed,
+    ):
+        command = option(command)
+    return command
+
+
+class _Batches(click.ParamType[tuple[int, ...]]):
+    """One or several batch sizes: 1 or 1,8,32."""
+
+    name = "batches"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is no list of batches; type 1,8,32", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+class _Size(click.ParamType[int]):
+    """A size in bytes with its unit: 64MiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name=PROGRAM)
+def cli() -> None:
+    """Exports models and packs them for the edge; the result is memory.
+
+    Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 the answer is no, 2 usage, 3 input
+    refused, 4 integrity, 5 backend or device missing, 6 out of a resource, 70 a bug, 130 and 143 stopped by a signal.
+    """
+
+
+@cli.command()
+@click.option(
+    "--network",
+    default="simple_cnn",
+    show_default=True,
+    help="simple_cnn, ds_cnn, a torchvision classifier, or pkg.mod:factory.",
+)
+@click.option(
+    "--setting", "settings", multiple=True, metavar="NAME=VALUE", help="Of the network; may be given several times."
+)
+@_training_data
+@_training
+@click.option("--start", type=click.Path(path_type=Path), help="Checkpoint to go on from.")
+@_output
+@_data_root
+@_force
+@_json
+def train(
+    network: str, settings: Sequence[str], data: str, start: Path | None, output: Path, data_root: Path | None,
+    force: bool, as_json: bool, **how: Any,
+) -> None:  # fmt: skip
+    """Train a dense checkpoint, or fine-tune one."""
+    from memopt_export import commands, console
+    from memopt_models.train import TrainSettings
+
+    with console.training() as on_step:
+        saved = commands.train(
+            network, _settings(settings), data, TrainSettings(**how), output,
+            start=start, data_root=data_root, force=force, on_step=on_step,
+        )  # fmt: skip
+    console.show(saved, as_json=as_json)
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--ratio", type=float, default=0.5, show_default=True, help="Share of the channels that goes.")
+@click.option("--method", default="l2", show_default=True, help="l1 or l2: the norm by which channels are ranked.")
+@click.option("--round-to", type=int, default=1, show_default=True, help="Channel numbers become multiples of this.")
+@_training_data
+@_training
+@_output
+@_data_root
+@_force
+@_json
+def prune(
+    checkpoint: Path, ratio: float, method: str, round_to: int, data: str, output: Path, data_root: Path | None,
+    force: bool, as_json: bool, **how: Any,
+) -> None:  # fmt: skip
+    """Take channels out of CHECKPOINT, so that its tensors shrink, and fine-tune it (--epochs 0: not)."""
+    from memopt_export import commands, console
+    from memopt_models.prune import PruneSettings
+    from memopt_models.train import TrainSettings
+
+    finetune = TrainSettings(**how) if how["epochs"] else None
+    settings = PruneSettings(ratio=ratio, method=method, round_to=round_to, finetune=finetune)
+    with console.training() as on_step:
+        saved = commands.prune(
+            checkpoint, data, settings, output, data_root=data_root, force=force, on_step=on_step
+        )  # fmt: skip
+    console.show(saved, as_json=as_json)
+
+
+@cli.command()
+@click.option("--teacher", type=click.Path(path_type=Path), required=True, help="Checkpoint that teaches.")
+@click.option("--student", default="ds_cnn", show_default=True, help="A network's name, or a checkpoint to go on from.")
+@click.option("--setting", "settings", multiple=True, metavar="NAME=VALUE", help="Of the student's network.")
+@click.option(
+    "--temperature", type=float, default=4.0, show_default=True, help="The higher, the more wrong classes count."
+)
+@click.option("--alpha", type=float, default=0.5, show_default=True, help="Weight of the teacher's answer, 0 to 1.")
+@_training_data
+@_training
+@_output
+@_data_root
+@_force
+@_json
+def distill(
+    teacher: Path, student: str, settings: Sequence[str], temperature: float, alpha: float, data: str, output: Path,
+    data_root: Path | None, force: bool, as_json: bool, **how: Any,
+) -> None:  # fmt: skip
+    """Train a small student from a teacher; the better of with and without the teacher is kept."""
+    from memopt_export import commands, console
+    from memopt_models.distill import DistillSettings
+    from memopt_models.train import TrainSettings
+
+    asked = DistillSettings(TrainSettings(**how), temperature=temperature, alpha=alpha)
+    with console.training() as on_step:
+        saved = commands.distill(
+            teacher, student, _settings(settings), data, asked, output,
+            data_root=data_root, force=force, on_step=on_step,
+        )  # fmt: skip
+    console.show(saved, as_json=as_json)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--data", help=f"Samples that prove parity; default: what it was trained on. {_DATA}")
+@click.option("--samples", type=click.IntRange(min=2), default=64, show_default=True, help="How many prove parity.")
+@click.option("--program", type=click.Path(path_type=Path), help="Also write torch's exported program, OUT.pt2.")
+@_output
+@_data_root
+@_force
+@_json
+def export(
+    checkpoint: str, data: str | None, samples: int, program: Path | None, output: Path, data_root: Path | None,
+    force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Bring CHECKPOINT, or the module that pkg.mod:factory makes, to ONNX, and prove parity with torch."""
+    from memopt_export import commands, console
+
+    saved = commands.export(
+        checkpoint, data, output, samples=samples, program=program, data_root=data_root, force=force
+    )  # fmt: skip
+    console.show(saved, as_json=as_json)
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--precision", default="int8", show_default=True, help="int8 or fp16.")
+@click.option("--target", default="cpu", show_default=True, help="cpu (ONNX Runtime) or tensorrt: where Q/DQ stand.")
+@click.option("--data", help=f"Calibration data, never invented. {_DATA}")
+@click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True, help="How many calibrate.")
+@click.option("--exclude", multiple=True, metavar="NODE", help="Node that stays float; may be given several times.")
+@_seed
+@_output
+@_data_root
+@_force
+@_json
+def quantize(
+    model: Path, precision: str, target: str, data: str | None, samples: int, exclude: Sequence[str], seed: int,
+    output: Path, data_root: Path | None, force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Quantize MODEL, an .onnx file."""
+    from memopt_export import commands, console
+
+    saved = commands.quantize(
+        model, precision, target, data, output,
+        samples=samples, seed=seed, exclude=exclude, data_root=data_root, force=force,
+    )  # fmt: skip
+    console.show(saved, as_json=as_json)
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--flavor", default="tensorrt-rtx", show_default=True, help="tensorrt-rtx (builds without a GPU) or tensorrt."
+)
+@click.option("--target", default="sm75,sm80,sm86,sm89,sm120", show_default=True, help="GPU generations, or local.")
+@click.option(
+    "--batch", "batches", type=_Batches(), multiple=True, default=((1, 1, 1), (2, 8, 32)), show_default="1 and 2,8,32",
+    help="A profile: one batch, or MIN,OPT,MAX; may be given several times.",
+)  # fmt: skip
+@click.option(
+    "--timeout", "timeout_s", type=float, default=600.0, show_default=True, help="Seconds the build may take."
+)
+@_output
+@_force
+@_json
+def engine(
+    model: Path, flavor: str, target: str, batches: Sequence[tuple[int, ...]], timeout_s: float, output: Path,
+    force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Build a TensorRT engine from MODEL, an .onnx file; writes OUT.engine and OUT.engine.json."""
+    from memopt_export import commands, console
+
+    profiles = [_profile(batch) for batch in batches]
+    saved = commands.engine(
+        model, flavor, [name.strip() for name in target.split(",")], profiles, output,
+        force=force, timeout_s=timeout_s,
+    )  # fmt: skip
+    console.show(saved, as_json=as_json)
+    if saved.path is None:
+        raise AnswerIsNo(f"no target can take {model}: " + "; ".join(f"{k}: {v}" for k, v in saved.refused.items()))
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--batch", type=_Batches(), default="1", show_default=True, help="Batches to plan, such as 1,8,32.")
+@click.option("--budget", type=_Size(), help="Find the largest batch within this size, such as 64MiB.")
+@_json
+def plan(model: Path, batch: tuple[int, ...], budget: int | None, as_json: bool) -> None:
+    """Plan the memory of MODEL, an .onnx file, without running it."""
+    from memopt_export import commands, console
+
+    plans = commands.plan(model, batch, budget)
+    console.show(plans, as_json=as_json)
+    if not plans.fits:
+        raise AnswerIsNo(f"{model} does not fit into the budget at batch 1")
+
+
+@cli.command()
+@click.argument("artifacts", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--data", default="digits", show_default=True, help=f"Its test split judges accuracy. {_DATA}")
+@click.option("--batch", type=_Batches(), default="1,32", show_default=True, help="Batches to measure, such as 1,8,32.")
+@click.option("--runtimes", help="Such as torch,onnxruntime; default: every one that opens the artifact.")
+@click.option("--devices", default="cpu,cuda", show_default=True, help="Devices to use where they work.")
+@click.option("--reference", help="Name of the artifact the others are held against; default: the first.")
+@click.option("--samples", type=click.IntRange(min=1), help="How many test samples; default: all.")
+@click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
+@_seed
+@_data_root
+@_json
+def compare(
+    artifacts: Sequence[Path], data: str, batch: tuple[int, ...], runtimes: str | None, devices: str,
+    reference: str | None, samples: int | None, markdown: bool, seed: int, data_root: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Compare memory, accuracy and latency of ARTIFACTS (.onnx, .engine, .pt2, .mopt), each in a fresh process."""
+    from memopt_export import commands, console
+
+    with console.measuring() as on_row:
+        report = commands.compare_files(
+            artifacts, data, batches=batch, runtimes=_names(runtimes), devices=_names(devices), reference=reference,
+            samples=samples, seed=seed, data_root=data_root, on_row=on_row,
+        )  # fmt: skip
+    if markdown and not as_json:
+        click.echo(report.to_markdown())
+    else:
+        console.show(report, as_json=as_json)
+    if all(row.reason is not None for row in report.rows):
+        raise AnswerIsNo("nothing could be measured")
+
+
+@cli.command()
+@click.argument("parts", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["mopt", "dir"]),
+    default="mopt",
+    show_default=True,
+    help="One file, or a folder.",
+)
+@click.option("--name", help="Of the bundle; default: the output's.")
+@click.option("--data", help=f"Gives labels, preprocessing and golden samples. {_DATA}")
+@click.option(
+    "--labels", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Text file, one label a line."
+)
+@click.option("--license", "license_id", metavar="SPDX", help="Licence of the model, such as Apache-2.0.")
+@_output
+@_data_root
+@_force
+@_json
+def pack(
+    parts: Sequence[Path], form: str, name: str | None, data: str | None, labels: Path | None, license_id: str | None,
+    output: Path, data_root: Path | None, force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Pack PARTS (.onnx, and .engine files built from them) into a bundle; the first graph is the reference."""
+    from memopt_export import commands, console
+
+    packed = commands.pack(
+        parts, output, form=form, name=name, data=data, labels=labels, license_id=license_id, force=force,
+        data_root=data_root,
+    )  # fmt: skip
+    console.show(packed, as_json=as_json)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("pictures", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--device", default="auto", show_default=True, help="auto, tensorrt, cuda or cpu.")
+@click.option("--variant", help="The variant to run; default: chosen by memory and accuracy.")
+@click.option("--memory-limit", help="Private memory the model may hold, such as 64MiB.")
+@click.option("--topk", type=click.IntRange(min=1), default=3, show_default=True, help="Classes of each picture.")
+@_json
+def run(
+    bundle: Path, pictures: Sequence[Path], device: str, variant: str | None, memory_limit: str | None, topk: int,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Classify PICTURES with BUNDLE, by the embedded runtime."""
+    from memopt_export import commands, console
+
+    found = commands.run(bundle, pictures, device=device, variant=variant, memory_limit=memory_limit, topk=topk)
+    console.show(found, as_json=as_json)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@_json
+def inspect(path: Path, as_json: bool) -> None:
+    """Tell what PATH (.onnx, .engine, .safetensors, .mopt or a bundle folder) holds, without running it."""
+    from memopt_export import console, inspection
+
+    console.show(inspection.inspect(path), as_json=as_json)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--run", "replay", is_flag=True, help="Replay the golden outputs on every runtime of this machine.")
+@_json
+def verify(bundle: Path, replay: bool, as_json: bool) -> None:
+    """Check structure and digests of BUNDLE."""
+    from memopt_export import commands, console
+
+    verification = commands.verify(bundle, replay=replay)
+    console.show(verification, as_json=as_json)
+    if not verification.holds:
+        raise AnswerIsNo(f"{bundle} gives other outputs here than when it was packed")
+
+
+@cli.command()
+@_json
+def doctor(as_json: bool) -> None:
+    """Tell which runtimes and providers really work here, and why another does not."""
+    from memopt_export import commands, console
+
+    console.show(commands.doctor(), as_json=as_json)
+
+
+@cli.command()
+@click.argument("recipe", default="digits")
+@click.option("--work", type=click.Path(path_type=Path, file_okay=False), help="Finished stages; default build/NAME.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle; default dist/NAME.mopt.")
+@_data_root
+@_json
+def pipeline(recipe: str, work: Path | None, output: Path | None, data_root: Path | None, as_json: bool) -> None:
+    """Run RECIPE (digits, mnist, or a TOML file): from training data to a packed, measured bundle.
+
+    A stage is made again only when its inputs, options or tools changed. The bundle and the report beside it belong
+    to the pipeline and are replaced.
+    """
+    from memopt_export import commands, console
+
+    with console.pipeline() as listener:
+        result = commands.pipeline(
+            recipe, work=work, output=output, data_root=data_root,
+            on_start=listener.on_start, on_done=listener.on_done, on_progress=listener.on_progress,
+        )  # fmt: skip
+    console.show(result, as_json=as_json)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and leaves with the documented exit code."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+class _Terminated(BaseException):
+    """SIGTERM: unwinds like a KeyboardInterrupt, so that temporary files go."""
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
+    except MemoptError as error:
+        return _tell(arguments, error.problem, error.hint, error.exit_code)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"{context.command_path if context else PROGRAM} --help"
+        return _tell(arguments, error.format_message(), hint, UsageError.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _tell(arguments, "interrupted", None, 130)
+    except _Terminated:
+        return _tell(arguments, "terminated", None, 143)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001  # the last line of defence: a bug keeps its traceback and gets its code
+        sys.excepthook(type(error), error, error.__traceback__)
+        return _tell(arguments, f"this is a bug of memopt: {error!r}", None, 70)
+    return 0
+
+
+def _tell(arguments: Sequence[str], problem: str, hint: str | None, code: int) -> int:
+    """One line on stderr, with control characters made visible; with --json, the same as a document on stdout."""
+    line = " ".join(problem.split()) + (f"; hint: {hint}" if hint else "")
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    click.echo(f"{PROGRAM}: error: {printable}", err=True)
+    if "--json" in arguments and code not in (AnswerIsNo.exit_code, 0):
+        from memopt.strict_json import to_json
+
+        click.echo(to_json({"error": {"problem": problem, "hint": hint, "exit_code": code}}))
+    return code
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs as a dict; values are TOML: 8, 0.5, true, [16, 32], "text"."""
+    import tomllib
+
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            settings[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"--setting {pair!r} is not NAME=VALUE", hint="--setting width=8") from error
+        if not equals or not name:
+            raise UsageError(f"--setting {pair!r} is not NAME=VALUE", hint="--setting width=8")
+    return settings
+
+
+def _profile(batch: Sequence[int]) -> tuple[int, int, int]:
+    if len(batch) == 1:
+        return batch[0], batch[0], batch[0]
+    if len(batch) == 3:
+        return batch[0], batch[1], batch[2]
+    raise UsageError(f"--batch {','.join(map(str, batch))} is no profile", hint="--batch 8, or --batch MIN,OPT,MAX")
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in text.split(",")] if text else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,495 @@
+"""What each command does: reads its files, makes one call, writes its files, and returns what there is to show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memopt import machine
+from memopt.accuracy import agreement, max_difference, sqnr_db
+from memopt.bundle import Bundle, open_bundle
+from memopt.compare import cells, compare, subjects
+from memopt.errors import InputRefused, MemoptError, UsageError
+from memopt.files import refuse_to_overwrite, sha256_file, write_atomically
+from memopt.manifest import EngineInfo
+from memopt.report import Report, Row
+from memopt.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from memopt_export import pack as packing
+    from memopt_export.from_torch import Parity
+    from memopt_export.pipeline import Result
+    from memopt_export.plan import Plan
+    from memopt_export.stages import Outcome
+    from memopt_models.checkpoint import Checkpoint
+    from memopt_models.distill import DistillSettings
+    from memopt_models.prune import PruneSettings
+    from memopt_models.train import OnStep, TrainSettings
+
+_CALIBRATION_BATCH = 16
+_JUDGED_SAMPLES = 512  # of the validation split, on which `quantize` compares with the float graph
+_GOLDEN_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint on disk."""
+
+    path: str
+    network: str
+    parameters: int
+    size_bytes: int
+    sha256: str
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SavedGraph:
+    """An exported graph on disk, with the proof that it computes what torch does."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+    weights_sha256: str
+    parity: Parity
+    program: str | None = None
+
+
+@dataclass(frozen=True)
+class SavedQuantized:
+    """A quantized graph on disk, held against the float one on samples that did not calibrate it."""
+
+    path: str
+    precision: str
+    before_bytes: int
+    size_bytes: int
+    sha256: str
+    fused: tuple[int, int] | None
+    kept_float: tuple[str, ...]
+    calibration: str | None
+    samples: int
+    sqnr_db: float | None
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class SavedEngine:
+    """A TensorRT engine on disk, and the targets that could not be served."""
+
+    path: str | None
+    size_bytes: int
+    info: EngineInfo | None
+    refused: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The static memory plan of one graph at several batches, and the largest batch within a budget."""
+
+    path: str
+    plans: tuple[Plan, ...]
+    budget_bytes: int | None = None
+    largest_batch: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether something fits into the budget; true without one."""
+        return self.budget_bytes is None or self.largest_batch is not None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A bundle on disk."""
+
+    path: str
+    size_bytes: int
+    sha256: str | None  # of a single file
+    variants: tuple[str, ...]
+    files: int
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The classes of each picture, best first, and why this variant ran."""
+
+    variant: str
+    why: tuple[str, ...]
+    pictures: dict[str, tuple[tuple[str, float], ...]]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One variant against the golden outputs, on one runtime of this machine."""
+
+    variant: str
+    runtime: str
+    max_difference: float | None
+    atol: float | None
+    reason: str | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the outputs are the golden ones; a variant that cannot run here is not held against the bundle."""
+        return self.max_difference is None or self.atol is None or self.max_difference <= self.atol
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A bundle whose structure and digests hold, and what its variants compute here."""
+
+    path: str
+    files: int
+    size_bytes: int
+    replays: tuple[Replay, ...] = ()
+
+    @property
+    def holds(self) -> bool:
+        """Whether every variant that runs here gives the golden outputs."""
+        return all(replay.holds for replay in self.replays)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The machine, its runtimes, and why one is unavailable."""
+
+    machine: dict[str, str]
+    runtimes: dict[str, dict[str, str | None]]
+    builders: dict[str, str | None]
+    tools: dict[str, str]
+
+
+def train(
+    network: str, settings: Mapping[str, Any], data: str, how: TrainSettings, output: Path, *,
+    start: Path | None = None, data_root: Path | None = None, force: bool = False, on_step: OnStep | None = None,
+) -> SavedCheckpoint:  # fmt: skip
+    """A trained checkpoint."""
+    from memopt_models import train as training
+    from memopt_models.checkpoint import load_checkpoint
+    from memopt_models.data import open_data
+
+    refuse_to_overwrite(output, force=force)
+    begin = load_checkpoint(start) if start is not None else None
+    made = training.train(network, settings, open_data(data, root=data_root), how, start=begin, on_step=on_step)
+    return _save_checkpoint(made, output, force)
+
+
+def prune(
+    checkpoint: Path, data: str, how: PruneSettings, output: Path, *,
+    data_root: Path | None = None, force: bool = False, on_step: OnStep | None = None,
+) -> SavedCheckpoint:  # fmt: skip
+    """A pruned and fine-tuned checkpoint."""
+    from memopt_models import prune as pruning
+    from memopt_models.checkpoint import load_checkpoint
+    from memopt_models.data import open_data
+
+    refuse_to_overwrite(output, force=force)
+    made = pruning.prune(load_checkpoint(checkpoint), open_data(data, root=data_root), how, on_step=on_step)
+    return _save_checkpoint(made, output, force)
+
+
+def distill(
+    teacher: Path, student: str, settings: Mapping[str, Any], data: str, how: DistillSettings, output: Path, *,
+    data_root: Path | None = None, force: bool = False, on_step: OnStep | None = None,
+) -> SavedCheckpoint:  # fmt: skip
+    """A distilled checkpoint. The student is a network's name, or a checkpoint to go on from."""
+    from memopt_models import distill as distilling
+    from memopt_models.checkpoint import load_checkpoint
+    from memopt_models.data import open_data
+
+    refuse_to_overwrite(output, force=force)
+    start = load_checkpoint(Path(student)) if student.endswith(".safetensors") else None
+    network = start.network if start is not None else student
+    opened = open_data(data, root=data_root)
+    made = distilling.distill(load_checkpoint(teacher), network, settings, opened, how, start=start, on_step=on_step)
+    return _save_checkpoint(made, output, force)
+
+
+def export(
+    source: str, data: str | None, output: Path, *, samples: int = 64, program: Path | None = None,
+    data_root: Path | None = None, force: bool = False,
+) -> SavedGraph:  # fmt: skip
+    """A checkpoint, or the module that `pkg.mod:factory` makes, as ONNX."""
+    from memopt_export import from_torch
+    from memopt_export.graph import save_graph
+    from memopt_models.data import open_samples
+
+    for path in filter(None, (output, program)):
+        refuse_to_overwrite(path, force=force)
+    checkpoint = _checkpoint_of(source, data, data_root)
+    spec = data or _data_of(checkpoint)
+    found = open_samples(spec, split="validation", inputs=checkpoint.inputs, root=data_root)
+    inputs = found.feeds[checkpoint.inputs[0].name][:samples]
+    exported = from_torch.export(checkpoint, inputs)
+    save_graph(exported.graph, output, force=force)
+    if program is not None:
+        write_atomically(program, exported.program, force=force)
+    return SavedGraph(
+        str(output), output.stat().st_size, exported.graph.sha256, exported.graph.weights_sha256, exported.parity,
+        str(program) if program else None,
+    )  # fmt: skip
+
+
+def quantize(
+    model: Path, precision: str, target: str, data: str | None, output: Path, *, samples: int, seed: int,
+    exclude: Sequence[str] = (), data_root: Path | None = None, force: bool = False,
+) -> SavedQuantized:  # fmt: skip
+    """A quantized graph, and how far its outputs are from the float graph's on validation samples."""
+    from memopt_export import quantize as quantizing
+    from memopt_export.graph import load_graph, save_graph
+    from memopt_export.pack import run_graph
+    from memopt_export.recipe import Recipe
+    from memopt_models.data import open_samples
+
+    refuse_to_overwrite(output, force=force)
+    recipe, graph = Recipe(precision, target), load_graph(model)
+    given = {name: open_samples(data, split=name, inputs=graph.inputs, root=data_root)
+             for name in ("train", "validation")} if data else {}  # fmt: skip
+    calibration = given["train"].take(min(samples, len(given["train"])), seed=seed) if given else None
+    done = quantizing.quantize(graph, recipe, calibration, batch_size=_CALIBRATION_BATCH, exclude=tuple(exclude))
+    save_graph(done.graph, output, force=force)
+    noise = same = None
+    judged = {name: array[:_JUDGED_SAMPLES] for name, array in given["validation"].feeds.items()} if given else {}
+    if judged:
+        got, expected = run_graph(done.graph, judged)[0], run_graph(graph, judged)[0]
+        noise = _finite(sqnr_db(got, expected))
+        same = agreement(got, expected) if got.ndim == 2 else None
+    return SavedQuantized(
+        path=str(output),
+        precision=done.graph.precision,
+        before_bytes=len(graph.data),
+        size_bytes=output.stat().st_size,
+        sha256=done.graph.sha256,
+        fused=done.fused,
+        kept_float=done.kept_float,
+        calibration=f"{calibration.source}, {len(calibration)} samples" if calibration and done.ranges else None,
+        samples=len(next(iter(judged.values()))) if judged else 0,
+        sqnr_db=noise,
+        agreement=same,
+    )
+
+
+def engine(
+    model: Path, flavor: str, targets: Sequence[str], batches: Sequence[tuple[int, int, int]], output: Path, *,
+    force: bool = False, timeout_s: float = 600.0,
+) -> SavedEngine:  # fmt: skip
+    """A TensorRT engine with its sidecar, for the targets that can take the graph; the others with their reasons."""
+    from memopt_export.graph import load_graph
+    from memopt_export.tensorrt_engine import EngineSettings, build, save_engine, split_targets
+
+    refuse_to_overwrite(output, force=force)
+    how = EngineSettings(flavor, tuple(targets), tuple(batches))
+    accepted, refused = split_targets(load_graph(model).model, how.targets, flavor=how.flavor)
+    if not accepted:
+        return SavedEngine(None, 0, None, refused)
+    built = build(model, replace(how, targets=accepted), timeout_s=timeout_s)
+    save_engine(built, output, force=force)
+    return SavedEngine(str(output), len(built.data), built.info, refused)
+
+
+def plan(model: Path, batches: Sequence[int], budget_bytes: int | None) -> Plans:
+    """The static memory plan, and the largest batch whose weights and activations fit into the budget."""
+    from memopt_export import plan as planning
+    from memopt_export.graph import load_graph
+
+    graph = load_graph(model)
+    plans = tuple(planning.plan(graph, batch=batch) for batch in batches)
+    largest = planning.largest_batch(graph, budget_bytes) if budget_bytes is not None else None
+    return Plans(str(model), plans, budget_bytes, largest)
+
+
+def compare_files(
+    paths: Sequence[Path], data: str, *, batches: Sequence[int], runtimes: Sequence[str], devices: Sequence[str],
+    reference: str | None, samples: int | None, seed: int, data_root: Path | None = None,
+    on_row: Callable[[Row], None] | None = None,
+) -> Report:  # fmt: skip
+    """Memory, accuracy and latency of every artifact in these files, on the test split."""
+    from memopt_models.data import open_samples
+
+    found = subjects(paths)
+    given = open_samples(data, split="test", inputs=_inputs_of(paths), root=data_root)
+    given = given.take(min(samples, len(given)), seed=seed) if samples else given
+    todo = cells(found, batches=batches, runtimes=runtimes or None, devices=devices)
+    return compare(
+        todo, given.feeds, given.labels, reference=reference, source=given.source, machine=machine.describe(),
+        on_row=on_row,
+    )  # fmt: skip
+
+
+def pack(
+    paths: Sequence[Path], output: Path, *, form: str, name: str | None, data: str | None, labels: Path | None,
+    license_id: str | None, force: bool, data_root: Path | None = None,
+) -> Packed:  # fmt: skip
+    """A bundle of these graphs and engines; labels, preprocessing and golden samples come from the data set."""
+    from memopt_export import pack as packing
+    from memopt_models.data import open_data, open_samples
+
+    parts = _parts(paths)
+    graphs = [part for part in parts if isinstance(part, packing.OnnxPart)]
+    opened = open_data(data, root=data_root) if data and not data.endswith(".npz") else None
+    golden = {}
+    if data and graphs:
+        found = open_samples(data, split="test", inputs=graphs[0].graph.inputs, root=data_root)
+        golden = found.take(min(_GOLDEN_SAMPLES, len(found)), seed=0).feeds
+    contents = packing.Contents(
+        name=name or output.stem,
+        parts=tuple(parts),
+        labels=tuple(labels.read_text().split("\n")[:-1]) if labels else opened.classes if opened else (),
+        preprocess=opened.preprocess if opened else (),
+        golden_inputs=golden,
+        license=license_id,
+    )
+    manifest = packing.pack(contents, output, form=form, force=force)
+    size = output.stat().st_size if output.is_file() else sum(file.size_bytes for file in manifest.files)
+    digest = sha256_file(output) if output.is_file() else None
+    return Packed(str(output), size, digest, tuple(v.id for v in manifest.variants), len(manifest.files))
+
+
+def run(
+    bundle: Path, pictures: Sequence[Path], *, device: str, variant: str | None, memory_limit: str | None, topk: int
+) -> Predicted:
+    """The classes of these pictures, by the embedded runtime."""
+    import memopt
+
+    with memopt.load(bundle, device=device, variant=variant, memory_limit=memory_limit) as model:
+        found = model.predict(pictures, topk=topk)
+        answers = {
+            str(picture): tuple((p.label, p.probability) for p in best)
+            for picture, best in zip(pictures, found, strict=True)
+        }
+        return Predicted(model.variant, model.why, answers)
+
+
+def verify(path: Path, *, replay: bool) -> Verification:
+    """Structure and digests of a bundle; with `replay`, the golden outputs on every runtime of this machine."""
+    bundle = open_bundle(path)
+    size = sum(len(entry) for entry in bundle.entries.values())
+    replays = tuple(_replay(bundle)) if replay else ()
+    return Verification(str(path), len(bundle.manifest.files), size, replays)
+
+
+def doctor() -> Diagnosis:
+    """The machine, what runs and builds on it, and why something does not."""
+    from memopt_export.stages import tool_versions
+    from memopt_export.tensorrt_engine import flavors_available
+
+    return Diagnosis(machine.describe(), machine.runtimes_here(), dict(flavors_available()), tool_versions())
+
+
+def pipeline(
+    recipe: str, *, work: Path | None, output: Path | None, data_root: Path | None,
+    on_start: Callable[[str], None], on_done: Callable[[Outcome], None], on_progress: OnStep,
+) -> Result:  # fmt: skip
+    """The whole line, from a recipe to a packed, measured bundle."""
+    from memopt_export import pipeline as line
+    from memopt_export.job import read_job
+
+    job = read_job(recipe)
+    return line.run(
+        job,
+        work=work or Path("build") / job.name,
+        output=output or Path("dist") / f"{job.name}.mopt",
+        on_start=on_start,
+        on_done=on_done,
+        on_progress=on_progress,
+        data_root=data_root,
+    )
+
+
+def _save_checkpoint(checkpoint: Checkpoint, output: Path, force: bool) -> SavedCheckpoint:
+    from memopt_models.checkpoint import save_checkpoint
+
+    save_checkpoint(checkpoint, output, force=force)
+    return SavedCheckpoint(
+        str(output), checkpoint.network, checkpoint.parameters, output.stat().st_size, checkpoint.sha256,
+        checkpoint.metrics,
+    )  # fmt: skip
+
+
+def _checkpoint_of(source: str, data: str | None, data_root: Path | None) -> Checkpoint:
+    """The checkpoint in a file, or the untrained one of a user's factory with inputs and classes of the data."""
+    from memopt_models.checkpoint import load_checkpoint
+
+    if source.endswith(".safetensors") or ":" not in source:
+        return load_checkpoint(Path(source))
+    from memopt_models.data import open_data
+    from memopt_models.train import TrainSettings, begin
+
+    if data is None:
+        raise UsageError(f"{source} does not say what its inputs are", hint="--data SPEC")
+    return begin(source, {}, open_data(data, root=data_root), TrainSettings(epochs=1), start=None)
+
+
+def _data_of(checkpoint: Checkpoint) -> str:
+    """The data set that the checkpoint was last trained on."""
+    for stage in reversed(checkpoint.lineage):
+        if "data" in stage.settings:
+            return str(stage.settings["data"])
+    raise UsageError("parity is proved on real samples, and the checkpoint names no data", hint="--data SPEC")
+
+
+def _inputs_of(paths: Sequence[Path]) -> tuple[TensorSpec, ...]:
+    """What the artifacts in these files expect, told by the first that knows."""
+    from memopt.torch_runtime import read_specs
+    from memopt_export.graph import load_graph
+
+    for path in paths:
+        if path.suffix == ".mopt" or path.is_dir():
+            return open_bundle(path, verify="off").manifest.inputs
+        if path.suffix == ".onnx":
+            return load_graph(path).inputs
+        if path.suffix == ".pt2":
+            return read_specs(path)["inputs"]
+    raise UsageError("an engine alone does not name its inputs", hint="compare it with its .onnx, or in a bundle")
+
+
+def _parts(paths: Sequence[Path]) -> list[packing.OnnxPart | packing.EnginePart]:
+    """The parts of a bundle: graphs first, then the engines built from them, found by digest."""
+    from memopt.artifact import open_artifact
+    from memopt_export.graph import load_graph
+    from memopt_export.pack import EnginePart, OnnxPart
+
+    parts: list[OnnxPart | EnginePart] = []
+    for path in paths:
+        if path.suffix not in (".onnx", ".engine"):
+            raise UsageError(f"{path} cannot be packed", hint="*.onnx, and *.engine built from one of them")
+    for path in (path for path in paths if path.suffix == ".onnx"):
+        parts.append(OnnxPart(path.stem, path.stem, load_graph(path)))
+    sources = {sha: part for part in parts if isinstance(part, OnnxPart) for sha in (part.graph.sha256,)}
+    for path in (path for path in paths if path.suffix == ".engine"):
+        artifact = open_artifact(path)
+        assert artifact.engine is not None  # open_artifact reads the sidecar
+        source = sources.get(artifact.engine.onnx_sha256)
+        if source is None:
+            raise UsageError(f"{path} was built from a graph that is not packed with it", hint="name its .onnx as well")
+        precision, data = source.graph.precision, bytes(artifact.data)
+        parts.append(EnginePart(path.stem, source.network, precision, data, artifact.engine, source.id))
+    return parts
+
+
+def _replay(bundle: Bundle) -> Iterator[Replay]:
+    from memopt.runtimes import RUNTIMES
+
+    golden = bundle.manifest.golden
+    if golden is None:
+        raise InputRefused(f"{bundle.path} has no golden outputs", hint="memopt-export pack --data SPEC")
+    for variant in bundle.manifest.variants:
+        runtime = RUNTIMES[variant.runtime]
+        device = runtime.DEVICES[0]
+        try:
+            session = runtime.open(bundle.artifact(variant.id), device=device)
+            got = session.run(bundle.golden_inputs())
+            session.close()
+        except MemoptError as error:
+            yield Replay(variant.id, variant.runtime, None, None, error.problem)
+            continue
+        expected = bundle.golden_outputs(variant.id)
+        worst = max(max_difference(a, b) for a, b in zip(got, expected, strict=True))
+        yield Replay(variant.id, variant.runtime, worst, golden.atol[variant.id])
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

@@ -1,0 +1,374 @@
+"""What people see: tables on stdout, progress on stderr. The only file that draws."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from memopt.report import COLUMNS, Report, Row, columns_of
+from memopt.sizes import show_size
+from memopt.strict_json import to_json
+from memopt_export.commands import (
+    Diagnosis,
+    Packed,
+    Plans,
+    Predicted,
+    SavedCheckpoint,
+    SavedEngine,
+    SavedGraph,
+    SavedQuantized,
+    Verification,
+)
+from memopt_export.inspection import Inspection
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from memopt_export.pipeline import Result
+    from memopt_export.stages import Outcome
+    from memopt_models.train import Progress
+
+_WIDTH_OF_PIPES = 160  # what is not a terminal has no width of its own
+_REFRESH_S = 0.1
+
+
+def show(value: Any, *, as_json: bool) -> None:
+    """The result of a command on stdout: a drawing for people, or one JSON document."""
+    if as_json:
+        sys.stdout.write(to_json(value) + "\n")
+        return
+    _DRAW[type(value).__name__](_console(sys.stdout), value)
+
+
+@contextmanager
+def training() -> Iterator[Callable[[Progress], None]]:
+    """Shows the steps of a training as one line that is overwritten, and one line that stays for each epoch."""
+    with _progress_line() as line:
+        yield lambda progress: _show_step(line, progress)
+
+
+@contextmanager
+def measuring() -> Iterator[Callable[[Row], None]]:
+    """Shows each row of a comparison as it is finished."""
+    with _progress_line() as line:
+        yield lambda row: line.stay(f"  {row.name} on {row.runtime} {row.device}, batch {row.batch}: {_brief(row)}")
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What the pipeline tells: each stage when it starts and when it is done, and the steps of training."""
+
+    line: _Line
+
+    def on_start(self, stage: str) -> None:
+        """A stage has to be made."""
+        self.line.overwrite(f"  {stage} …")
+
+    def on_done(self, outcome: Outcome) -> None:
+        """A stage is there."""
+        said = "cached" if outcome.cached else f"{outcome.seconds:.1f} s"
+        self.line.stay(f"✔ {outcome.stage:<28} {said:>7}")
+
+    def on_progress(self, progress: Progress) -> None:
+        """A training made a step."""
+        _show_step(self.line, progress, keep_epochs=False)
+
+
+@contextmanager
+def pipeline() -> Iterator[Listener]:
+    """Shows the stages of a pipeline, one line each."""
+    with _progress_line() as line:
+        yield Listener(line)
+
+
+class _Line:
+    """The last line on stderr: overwritten on a terminal, left out elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last = 0.0
+
+    def overwrite(self, text: str) -> None:
+        """Shows `text` until the next one comes; at most ten times a second."""
+        now = time.monotonic()
+        if self._console.is_terminal and now - self._last >= _REFRESH_S:
+            self._last = now
+            self._console.file.write("\r\x1b[2K" + text[: self._console.width - 1])
+            self._console.file.flush()
+
+    def stay(self, text: str) -> None:
+        """Prints a line that stays."""
+        self.clear()
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def clear(self) -> None:
+        """Empties the line."""
+        if self._console.is_terminal:
+            self._console.file.write("\r\x1b[2K")
+            self._console.file.flush()
+
+
+@contextmanager
+def _progress_line() -> Iterator[_Line]:
+    line = _Line(_console(sys.stderr))
+    try:
+        yield line
+    finally:
+        line.clear()
+
+
+def _show_step(line: _Line, progress: Progress, *, keep_epochs: bool = True) -> None:
+    where = f"{progress.stage} epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}"
+    if progress.validation_top1 is None:
+        line.overwrite(f"  {where}  step {progress.step}/{progress.steps}")
+        return
+    said = f"  {where}  validation {100 * progress.validation_top1:.2f}%  peak {show_size(progress.peak_bytes)}"
+    if keep_epochs:
+        line.stay(said)
+    else:
+        line.overwrite(said)
+
+
+def _brief(row: Row) -> str:
+    if row.reason is not None:
+        return f"not measured: {row.reason}"
+    return f"{show_size(row.private_bytes)} private, {row.p50_ms:.3g} ms"
+
+
+def _console(stream: Any) -> Console:
+    from rich.console import Console
+
+    return Console(file=stream, width=None if stream.isatty() else _WIDTH_OF_PIPES, highlight=False)
+
+
+def _facts(console: Console, facts: Mapping[str, object]) -> None:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        if value is not None:
+            table.add_row(name, _escape(str(value)))
+    console.print(table)
+
+
+def _table(console: Console, columns: Mapping[str, str], rows: list[list[str]]) -> None:
+    """A table; `columns` maps headings to "left" or "right"."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading, justify in columns.items():
+        table.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_escape(cell) for cell in row))
+    console.print(table)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+def _draw_checkpoint(console: Console, saved: SavedCheckpoint) -> None:
+    facts: dict[str, object] = {
+        "saved": f"{saved.path} ({show_size(saved.size_bytes)})",
+        "network": f"{saved.network}, {saved.parameters} parameters",
+    }
+    shares = {name: f"{100 * value:.2f}%" for name, value in saved.metrics.items() if "top1" in name}
+    _facts(console, facts | {name.replace("_", " "): text for name, text in shares.items()} | {"sha256": saved.sha256})
+    _next(console, f"memopt-export export {saved.path} -o {_with(saved.path, '.onnx')}")
+
+
+def _draw_graph(console: Console, saved: SavedGraph) -> None:
+    parity = saved.parity
+    facts = {
+        "saved": f"{saved.path} ({show_size(saved.size_bytes)})",
+        "program": saved.program,
+        "parity": f"largest difference {parity.max_difference:.2g} of {parity.largest_output:.3g} "
+        f"on {parity.samples} samples",
+        "agreement": f"{100 * parity.agreement:.2f}%" if parity.agreement is not None else None,
+        "weights sha256": saved.weights_sha256,
+    }
+    _facts(console, facts)
+    _next(console, f"memopt-export quantize {saved.path} --data digits -o {_with(saved.path, '-int8.onnx')}")
+
+
+def _draw_quantized(console: Console, saved: SavedQuantized) -> None:
+    ratio = saved.before_bytes / saved.size_bytes
+    facts = {
+        "saved": f"{saved.path} ({show_size(saved.size_bytes)}, {ratio:.2f}x smaller)",
+        "precision": saved.precision,
+        "calibrated": saved.calibration,
+        "fused": f"{saved.fused[0]} of {saved.fused[1]} layers by ONNX Runtime" if saved.fused else None,
+        "kept float": ", ".join(saved.kept_float) or None,
+        "SQNR": f"{saved.sqnr_db:.1f} dB on {saved.samples} validation samples" if saved.sqnr_db is not None else None,
+        "agreement": f"{100 * saved.agreement:.2f}%" if saved.agreement is not None else None,
+    }
+    _facts(console, facts)
+    _next(console, f"memopt-export compare {saved.path} --data digits")
+
+
+def _draw_engine(console: Console, saved: SavedEngine) -> None:
+    if saved.info is not None:
+        info = saved.info
+        _facts(
+            console,
+            {
+                "saved": f"{saved.path} ({show_size(saved.size_bytes)}) and {saved.path}.json",
+                "built by": f"{info.flavor} {info.version} in {info.build_seconds or 0:.1f} s, "
+                f"peak {show_size(info.build_peak_bytes)}",
+                "targets": ", ".join(info.targets),
+                "weights": show_size(info.weights_bytes),
+            },
+        )
+        rows = [[_range(profile.batches), show_size(profile.activation_bytes)] for profile in info.profiles]
+        _table(console, {"Profile": "left", "Activations": "right"}, rows)
+    for target, why in saved.refused.items():
+        console.print(f"not for {target}: {why}", markup=False)
+
+
+def _draw_plans(console: Console, plans: Plans) -> None:
+    columns = dict.fromkeys(("Batch", "Weights", "Peak activations", "Input", "Output"), "right") | {"Peak at": "left"}
+    rows = [
+        [str(plan.batch), *map(show_size, (plan.weights_bytes, plan.activation_bytes, plan.input_bytes)),
+         show_size(plan.output_bytes), plan.peak_node]
+        for plan in plans.plans
+    ]  # fmt: skip
+    _table(console, columns, rows)
+    held = ", ".join(f"{name} {show_size(size)}" for name, size in plans.plans[0].peak_tensors)
+    console.print(f"at the peak: {held}", markup=False)
+    if plans.budget_bytes is not None:
+        answer = f"batch {plans.largest_batch}" if plans.largest_batch is not None else "nothing"
+        console.print(f"largest within {show_size(plans.budget_bytes)}: {answer}")
+
+
+def _draw_report(console: Console, report: Report) -> None:
+    headings = {heading: "left" if heading in ("Variant", "Runtime") else "right" for heading in columns_of(report)}
+    _table(console, headings, [[COLUMNS[heading](row) for heading in headings] for row in report.rows])
+    reasons: dict[str, list[str]] = {}
+    for row in report.rows:
+        if row.reason is not None:
+            reasons.setdefault(f"{row.runtime} {row.device}: {row.reason}", []).append(row.name)
+    for reason, names in reasons.items():
+        console.print(f"not measured on {reason} ({', '.join(dict.fromkeys(names))})", markup=False)
+    console.print(
+        f"{report.samples} samples of {report.source}; agreement with {report.reference}; "
+        "host memory above each runtime's own baseline, one fresh process a row",
+        markup=False,
+    )
+
+
+def _draw_packed(console: Console, packed: Packed) -> None:
+    facts = {
+        "packed": f"{packed.path} ({show_size(packed.size_bytes)}, {packed.files} files)",
+        "variants": ", ".join(packed.variants),
+        "sha256": packed.sha256,
+    }
+    _facts(console, facts)
+    _next(console, f"memopt-export verify {packed.path} --run")
+
+
+def _draw_predicted(console: Console, predicted: Predicted) -> None:
+    for picture, classes in predicted.pictures.items():
+        said = "  ".join(f"{label} {100 * probability:.1f}%" for label, probability in classes)
+        console.print(f"{picture}  {said}", markup=False, soft_wrap=True)
+    _console(sys.stderr).print(predicted.why[-1], markup=False, soft_wrap=True)
+
+
+def _draw_inspection(console: Console, inspection: Inspection) -> None:
+    facts = {"file": f"{inspection.path}, {inspection.kind}, {show_size(inspection.size_bytes)}"}
+    by_dtype = ", ".join(f"{dtype} {show_size(size)}" for dtype, size in inspection.bytes_by_dtype.items())
+    _facts(console, facts | inspection.facts | ({"weights": by_dtype} if by_dtype else {}))
+    if inspection.parts:
+        columns = {name: "left" if i < 3 else "right" for i, name in enumerate(inspection.parts[0])}
+        rows = [[_cell(name, value) for name, value in part.items()] for part in inspection.parts]
+        _table(console, {name.replace("_bytes", "").replace("_", " "): j for name, j in columns.items()}, rows)
+
+
+def _draw_verification(console: Console, verification: Verification) -> None:
+    size = show_size(verification.size_bytes)
+    console.print(f"{verification.path}: structure holds, {verification.files} sha256 hold ({size})", markup=False)
+    rows = []
+    for replay in verification.replays:
+        difference = "–" if replay.max_difference is None else f"{replay.max_difference:.2g}"
+        allowed = "–" if replay.atol is None else f"{replay.atol:.2g}"
+        verdict = replay.reason or ("golden outputs hold" if replay.holds else "outputs differ")
+        rows.append([replay.variant, replay.runtime, difference, allowed, verdict])
+    if rows:
+        columns = {"Variant": "left", "Runtime": "left", "Difference": "right", "Allowed": "right", "Verdict": "left"}
+        _table(console, columns, rows)
+
+
+def _draw_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
+    machine = dict(diagnosis.machine)
+    memory = machine.pop("memory_bytes")
+    _facts(console, machine | {"memory": show_size(int(memory)) if memory.isdigit() else memory})
+    works = [
+        [name, device, "works" if reason is None else f"no: {reason}"]
+        for name, devices in diagnosis.runtimes.items()
+        for device, reason in devices.items()
+    ]
+    _table(console, {"Runtime": "left", "Device": "left", "State": "left"}, works)
+    builds = [[name, "builds here" if why is None else f"no: {why}"] for name, why in diagnosis.builders.items()]
+    _table(console, {"Engine builder": "left", "State": "left"}, builds)
+    console.print("tools: " + ", ".join(f"{name} {version}" for name, version in diagnosis.tools.items()), markup=False)
+
+
+def _draw_result(console: Console, result: Result) -> None:
+    _draw_report(console, result.report)
+    for what, why in result.refused.items():
+        console.print(f"no engine {what}: {why}", markup=False, soft_wrap=True)
+    console.print(
+        f"{result.made} stages made, {result.cached} cached"
+        + (" (nothing had to be done again)" if result.made == 0 else ""),
+        markup=False,
+    )
+    size = show_size(result.bundle.stat().st_size)
+    console.print(f"bundle {result.bundle} ({size}, sha256 {result.bundle_sha256[:16]}…)", markup=False)
+    console.print(f"report {result.report_path}", markup=False)
+    _next(console, f"memopt-export run {result.bundle} PICTURE.png")
+
+
+def _next(console: Console, command: str) -> None:
+    console.print(f"next: {command}", markup=False, style="dim", soft_wrap=True)
+
+
+def _with(path: str, ending: str) -> str:
+    return path.rpartition(".")[0] + ending
+
+
+def _range(batches: tuple[int, int]) -> str:
+    low, high = batches
+    return f"batch {low}" if low == high else f"batch {low} to {high}"
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    return (
+        show_size(value) if name.endswith("_bytes") else f"{100 * value:.2f}%" if name.endswith("top1") else str(value)
+    )
+
+
+# What is drawn how, by the name of its type, so that a result need not be imported to be shown.
+_DRAW: dict[str, Callable[[Console, Any], None]] = {
+    "SavedCheckpoint": _draw_checkpoint,
+    "SavedGraph": _draw_graph,
+    "SavedQuantized": _draw_quantized,
+    "SavedEngine": _draw_engine,
+    "Plans": _draw_plans,
+    "Report": _draw_report,
+    "Packed": _draw_packed,
+    "Predicted": _draw_predicted,
+    "Inspection": _draw_inspection,
+    "Verification": _draw_verification,
+    "Diagnosis": _draw_diagnosis,
+    "Result": _draw_result,
+}

@@ -1,0 +1,146 @@
+"""What a file holds, told without running it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from memopt.artifact import open_artifact
+from memopt.bundle import open_bundle
+from memopt.errors import InputRefused
+from memopt.sizes import show_size
+from memopt.strict_json import from_plain
+from memopt.tensors import TensorSpec, show_shape
+from memopt_export.graph import load_graph
+from memopt_models.checkpoint import read_metadata
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file holds, told without running it."""
+
+    path: str
+    kind: str
+    size_bytes: int
+    facts: dict[str, str]
+    bytes_by_dtype: dict[str, int] = field(default_factory=dict)
+    parts: tuple[dict[str, Any], ...] = ()
+
+
+def inspect(path: Path) -> Inspection:
+    """What the file holds, told without running it."""
+    if not path.exists():
+        raise InputRefused(f"{path} does not exist")
+    kind = "folder" if path.is_dir() else path.suffix
+    if kind not in INSPECTORS:
+        raise InputRefused(
+            f"{path} cannot be inspected", hint="one of *" + ", *".join(k for k in INSPECTORS if k[0] == ".")
+        )
+    return INSPECTORS[kind](path)
+
+
+def _inspect_graph(path: Path) -> Inspection:
+    graph = load_graph(path)
+    nodes = Counter(node.op_type for node in graph.model.graph.node)
+    facts = {
+        "precision": graph.precision,
+        "opset": ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in graph.model.opset_import),
+        "inputs": _specs(graph.inputs),
+        "outputs": _specs(graph.outputs),
+        "nodes": f"{sum(nodes.values())}: " + ", ".join(f"{count} {name}" for name, count in nodes.most_common()),
+        "weights sha256": graph.weights_sha256,
+    }
+    return Inspection(str(path), "ONNX graph", path.stat().st_size, facts, graph.weights_bytes())
+
+
+def _inspect_engine(path: Path) -> Inspection:
+    artifact = open_artifact(path)
+    info = artifact.engine
+    assert info is not None  # open_artifact reads the sidecar
+    profiles = [
+        f"batch {low} to {high}: {show_size(profile.activation_bytes)} activations"
+        for profile in info.profiles
+        for low, high in (profile.batches,)
+    ]
+    facts = {
+        "built by": f"{info.flavor} {info.version}",
+        "targets": ", ".join(info.targets),
+        "platform": f"{info.os} {info.arch}",
+        "weights": show_size(info.weights_bytes),
+        "profiles": "; ".join(profiles),
+        "graph sha256": info.onnx_sha256,
+    }
+    return Inspection(str(path), "TensorRT engine", artifact.size_bytes, facts)
+
+
+def _inspect_checkpoint(path: Path) -> Inspection:
+    metadata = read_metadata(path)
+    lineage = [f"{stage['stage']} {stage['output_sha256'][:12]}" for stage in metadata["lineage"]]
+    facts = {
+        "network": metadata["network"],
+        "settings": ", ".join(f"{name} {value}" for name, value in metadata["settings"].items()),
+        "inputs": _specs(from_plain(tuple[TensorSpec, ...], metadata["inputs"], where="inputs")),
+        "labels": _labels(metadata["labels"]),
+        "preprocess": _steps(metadata["preprocess"]),
+        "metrics": ", ".join(f"{name} {value:.6g}" for name, value in metadata["metrics"].items()),
+        "lineage": " -> ".join(lineage),
+        "seed": str(metadata["seed"]),
+    }
+    return Inspection(str(path), "checkpoint", path.stat().st_size, facts)
+
+
+def _inspect_bundle(path: Path) -> Inspection:
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    facts = {
+        "name": manifest.name,
+        "schema": manifest.schema,
+        "inputs": _specs(manifest.inputs),
+        "outputs": _specs(manifest.outputs),
+        "labels": _labels(bundle.labels),
+        "preprocess": _steps(manifest.preprocess),
+        "golden": "inputs, and every variant's outputs" if manifest.golden else "none",
+        "lineage": " -> ".join(dict.fromkeys(stage.stage for stage in manifest.lineage)) or "none",
+        "license": manifest.license or "not stated",
+        "files": f"{len(manifest.files)}, every sha256 holds",
+    }
+    parts = tuple(
+        {
+            "variant": variant.id,
+            "runtime": variant.runtime,
+            "precision": variant.precision,
+            "file_bytes": variant.memory.file_bytes,
+            "weights_bytes": variant.memory.weights_bytes,
+            "activation_bytes": variant.memory.activation_bytes,
+            "private_bytes": next((point.private_bytes for point in variant.memory.measured), None),
+            "test_top1": variant.metrics.get("test_top1"),
+        }
+        for variant in manifest.variants
+    )
+    size = path.stat().st_size if path.is_file() else sum(file.size_bytes for file in manifest.files)
+    return Inspection(str(path), "memopt bundle", size, facts, parts=parts)
+
+
+# File ending (or "folder") -> who knows it.
+INSPECTORS: dict[str, Callable[[Path], Inspection]] = {
+    ".onnx": _inspect_graph,
+    ".engine": _inspect_engine,
+    ".safetensors": _inspect_checkpoint,
+    ".mopt": _inspect_bundle,
+    "folder": _inspect_bundle,
+}
+
+
+def _specs(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{spec.name} {spec.dtype} {show_shape(spec.shape)}" for spec in specs)
+
+
+def _labels(labels: Sequence[str]) -> str:
+    return f"{len(labels)}: {', '.join(labels[:10])}{', …' if len(labels) > 10 else ''}" if labels else "none"
+
+
+def _steps(steps: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(str(step.get("op")) for step in steps) or "none"

@@ -1,0 +1,142 @@
+"""A job: what a recipe file (TOML) asks the pipeline to do, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from memopt.errors import InputRefused, IntegrityError, UsageError
+from memopt.strict_json import from_plain
+from memopt_export.recipe import Recipe, parse
+from memopt_export.tensorrt_engine import EngineSettings
+from memopt_models.distill import DistillSettings
+from memopt_models.prune import PruneSettings
+from memopt_models.train import TrainSettings
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """The dense network and how it is trained."""
+
+    network: str
+    how: TrainSettings
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DistillJob:
+    """The student and how it learns from the dense network."""
+
+    network: str
+    how: DistillSettings
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QuantizeJob:
+    """Which precisions every network is brought to, and how many training samples calibrate them."""
+
+    recipes: tuple[str, ...] = ("fp16", "int8")
+    samples: int = 256
+
+    @property
+    def parsed(self) -> tuple[Recipe, ...]:
+        """The recipes as values; UsageError for an unknown one."""
+        return tuple(parse(name) for name in self.recipes)
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """Which graphs become TensorRT engines, and how they are built."""
+
+    how: EngineSettings
+    precisions: tuple[str, ...] = ("fp32", "fp16")
+
+
+@dataclass(frozen=True)
+class CompareJob:
+    """Which batches are measured, on which runtimes; none named means all."""
+
+    batches: tuple[int, ...] = (1, 32)
+    runtimes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything between the data and the report. Sections that are left out are not done."""
+
+    name: str
+    data: str
+    train: TrainJob
+    prune: PruneSettings | None = None
+    distill: DistillJob | None = None
+    quantize: QuantizeJob = QuantizeJob()
+    engine: EngineJob | None = None
+    compare: CompareJob = CompareJob()
+    seed: int = 0
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.quantize.parsed
+
+
+def read_job(recipe: str) -> Job:
+    """The job in the recipe of this name that memopt ships, or in the TOML file at this path.
+
+    Raises:
+        InputRefused: no such file, or not TOML.
+        UsageError: an unknown key or an impossible value, named.
+    """
+    text, where = _read_text(recipe)
+    try:
+        plain = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputRefused(f"{where} is not TOML: {error}") from error
+    try:
+        return from_plain(Job, plain, where=where)
+    except IntegrityError as error:
+        raise UsageError(error.problem, hint=_suggestion(error.problem)) from error
+
+
+def shipped() -> list[str]:
+    """The names of the recipes that memopt ships."""
+    folder = resources.files("memopt_export") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def _read_text(recipe: str) -> tuple[str, str]:
+    if recipe in shipped():
+        name = f"{recipe}.toml"
+        return (resources.files("memopt_export") / "recipes" / name).read_text(), name
+    path = Path(recipe)
+    if not path.is_file():
+        raise InputRefused(f"recipe {recipe!r} is no file", hint="one of " + ", ".join(shipped()) + ", or a TOML file")
+    try:
+        return path.read_text(), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputRefused(f"{recipe} cannot be read: {error}") from error
+
+
+def _suggestion(problem: str) -> str | None:
+    """For an unknown key, the known one that looks most like it."""
+    if "unknown field" not in problem:
+        return None
+    word = problem.rpartition("unknown field ")[2].strip("'")
+    kinds = (
+        Job,
+        TrainJob,
+        DistillJob,
+        QuantizeJob,
+        EngineJob,
+        CompareJob,
+        TrainSettings,
+        DistillSettings,
+        PruneSettings,
+    )
+    known = sorted({f.name for kind in (*kinds, EngineSettings) for f in fields(kind)})
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else None
