@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memopt.errors import InputRefused
 from memopt.files import write_atomically
@@ -33,12 +33,12 @@ class Graph:
     def inputs(self) -> tuple[TensorSpec, ...]:
         """What the graph expects, initializers left out."""
         initialized = {tensor.name for tensor in self.model.graph.initializer}
-        return tuple(_spec(value) for value in self.model.graph.input if value.name not in initialized)
+        return tuple(tensor_spec(value) for value in self.model.graph.input if value.name not in initialized)
 
     @cached_property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """What the graph returns, in order."""
-        return tuple(_spec(value) for value in self.model.graph.output)
+        return tuple(tensor_spec(value) for value in self.model.graph.output)
 
     @cached_property
     def data(self) -> bytes:
@@ -108,10 +108,83 @@ def save_graph(graph: Graph, path: Path, *, force: bool = False) -> None:
     write_atomically(path, graph.data, force=force)
 
 
-_ONNX_NAMES = {"float": "float32", "double": "float64"}
+def label(node: onnx.NodeProto) -> str:
+    """What a node is called: its name, or its first output where the exporter gave none."""
+    return node.name or node.output[0]
 
 
-def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    """The value of a node's attribute, `default` where it has none."""
+    from onnx import helper
+
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Who writes and who reads each tensor of a model; nodes by their index, reads as (node, input slot)."""
+
+    nodes: tuple[onnx.NodeProto, ...]
+    writer: dict[str, int]
+    readers: dict[str, tuple[tuple[int, int], ...]]
+    initializers: dict[str, onnx.TensorProto]
+    outputs: frozenset[str]
+
+    def sole_reader(self, tensor: str) -> int | None:
+        """The one node that reads the tensor; None where there are more, or where it is an output of the graph."""
+        readers = self.readers.get(tensor, ())
+        return readers[0][0] if len(readers) == 1 and tensor not in self.outputs else None
+
+    def is_constant(self, tensor: str) -> bool:
+        """Whether the tensor is an initializer, plain or dequantized."""
+        writer = self.writer.get(tensor)
+        if writer is not None and self.nodes[writer].op_type == "DequantizeLinear":
+            return self.nodes[writer].input[0] in self.initializers
+        return tensor in self.initializers
+
+
+def wire(model: onnx.ModelProto) -> Wiring:
+    """The wiring of the main graph; nodes and initializers are the model's own, not copies."""
+    writer: dict[str, int] = {}
+    readers: dict[str, list[tuple[int, int]]] = {}
+    for index, node in enumerate(model.graph.node):
+        writer.update({name: index for name in node.output if name})
+        for slot, name in enumerate(node.input):
+            if name:
+                readers.setdefault(name, []).append((index, slot))
+    return Wiring(
+        tuple(model.graph.node),
+        writer,
+        {name: tuple(reads) for name, reads in readers.items()},
+        {tensor.name: tensor for tensor in model.graph.initializer},
+        frozenset(value.name for value in model.graph.output),
+    )
+
+
+def has_subgraph(node: onnx.NodeProto) -> bool:
+    """Whether the node carries graphs of its own (If, Loop, Scan)."""
+    return any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
+
+
+def refuse_subgraphs(graph: Graph, verb: str) -> None:
+    """Raises InputRefused, naming the node, unless the graph runs straight through: no If, Loop or Scan."""
+    for node in graph.model.graph.node:
+        if has_subgraph(node):
+            raise InputRefused(f"{verb} handles straight graphs only; {label(node)!r} is a {node.op_type}")
+
+
+def is_quantized(model: onnx.ModelProto) -> bool:
+    """Whether any node already works on quantized values."""
+    return any(
+        node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulNBits")
+        or node.op_type.startswith("QLinear")
+        or node.op_type.endswith("Integer")
+        for node in model.graph.node
+    )
+
+
+def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    """Name, dtype and shape of an input, an output or a tensor between; a nameless free dimension is called "batch"."""
     from onnx import helper
 
     kind = value.type.WhichOneof("value")
@@ -123,6 +196,9 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
         dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or FREE_DIMENSION) for dim in tensor.shape.dim
     )
     return TensorSpec(value.name, _ONNX_NAMES.get(dtype, dtype), shape)
+
+
+_ONNX_NAMES = {"float": "float32", "double": "float64"}
 
 
 def _elements(dims: object) -> int:
@@ -143,7 +219,7 @@ def _guess_precision(model: onnx.ModelProto) -> str:
     """The precision of a graph that does not say: by its quantizers, else by its initializers."""
     import onnx
 
-    if any(node.op_type in ("QuantizeLinear", "QLinearConv", "QLinearMatMul") for node in model.graph.node):
+    if is_quantized(model):
         return "int8"
     dtypes = {tensor.data_type for tensor in model.graph.initializer}
     if onnx.TensorProto.FLOAT in dtypes or not dtypes:

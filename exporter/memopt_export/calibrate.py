@@ -1,0 +1,135 @@
+"""Ranges: what values tensors take on real samples. Memory does not grow with their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memopt.errors import InputRefused
+from memopt.tensors import Array, check_feeds
+from memopt_export.graph import Graph, refuse_subgraphs
+
+if TYPE_CHECKING:
+    import onnx
+
+# Told after each batch how many samples have been seen.
+OnStep = Callable[[int], None]
+
+# One mean tells of any NaN; ONNX Runtime's minimum and maximum skip a NaN that is not the first value they meet.
+_WATCHES = ("ReduceMin", "ReduceMax", "ReduceMean")
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The smallest and the largest value of each tensor by name, and the samples that gave them."""
+
+    bounds: dict[str, tuple[float, float]]
+    samples: int
+    source: str
+    fingerprint: str
+
+
+def collect_ranges(
+    graph: Graph,
+    tensors: Sequence[str],
+    batches: Iterable[Mapping[str, Array]],
+    *,
+    source: str,
+    fingerprint: str,
+    on_step: OnStep | None = None,
+) -> Ranges:
+    """The ranges of `tensors` over all batches; only three numbers a tensor and batch leave the session.
+
+    Args:
+        graph: a float32 graph.
+        tensors: names of float32 tensors: inputs, outputs or anything between.
+        batches: feeds, one batch at a time; memory is that of the largest one.
+        source: where the samples come from, to be told to people.
+        fingerprint: digest of the samples.
+        on_step: told the number of samples seen, after each batch.
+
+    Raises:
+        InputRefused: no samples, a batch that does not fit the inputs, NaN or infinity in a tensor.
+    """
+    session = _watching_session(graph, tensors)
+    lows, highs = np.full(len(tensors), np.inf), np.full(len(tensors), -np.inf)
+    samples = 0
+    for batch in batches:
+        check_feeds(graph.inputs, batch)
+        seen = np.array(session.run(None, dict(batch)), np.float64).reshape(-1, len(_WATCHES))  # (tensors, 3)
+        _refuse_not_finite(tensors, seen)
+        lows, highs = np.minimum(lows, seen[:, 0]), np.maximum(highs, seen[:, 1])
+        samples += len(batch[graph.inputs[0].name])
+        if on_step is not None:
+            on_step(samples)
+    if samples == 0:
+        raise InputRefused(f"{source} gave no samples; calibration data is never invented", hint="--data SPEC")
+    bounds = {name: (float(low), float(high)) for name, low, high in zip(tensors, lows, highs, strict=True)}
+    return Ranges(bounds, samples, source, fingerprint)
+
+
+def merge(first: Ranges, second: Ranges) -> Ranges:
+    """The ranges over the samples of both: shards of one data set merge to the ranges of the whole.
+
+    Raises:
+        InputRefused: they do not speak of the same tensors.
+    """
+    if first.bounds.keys() != second.bounds.keys():
+        odd = sorted(first.bounds.keys() ^ second.bounds.keys())
+        raise InputRefused(f"ranges of different graphs: only one side knows {odd[0]!r}")
+    bounds = {
+        name: (min(low, second.bounds[name][0]), max(high, second.bounds[name][1]))
+        for name, (low, high) in first.bounds.items()
+    }
+    return Ranges(
+        bounds,
+        first.samples + second.samples,
+        _joined(first.source, second.source),
+        _joined(first.fingerprint, second.fingerprint),
+    )
+
+
+def _watching_session(graph: Graph, tensors: Sequence[str]) -> Any:
+    """A session that returns the watches alone; unoptimized, so that every tensor exists, and no arena keeps any."""
+    import onnxruntime as ort
+
+    refuse_subgraphs(graph, "calibrate")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3
+    model = _watched(graph, tensors)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _watched(graph: Graph, tensors: Sequence[str]) -> onnx.ModelProto:
+    """The model with each tensor's watches as its only outputs, in order."""
+    from onnx import TensorProto, helper
+
+    model = graph.copy_model()
+    known = {spec.name for spec in graph.inputs} | {name for node in model.graph.node for name in node.output}
+    del model.graph.output[:]
+    for tensor in tensors:
+        if tensor not in known:
+            raise InputRefused(f"the graph has no tensor {tensor!r} to calibrate")
+        for watch in _WATCHES:
+            output = f"{tensor}.{watch}"
+            model.graph.node.append(helper.make_node(watch, [tensor], [output], keepdims=0))
+            model.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
+    return model
+
+
+def _refuse_not_finite(tensors: Sequence[str], seen: Array) -> None:
+    """Raises for the first tensor, in the graph's order, whose watches are not all finite."""
+    broken = np.flatnonzero(~np.isfinite(seen).all(axis=1))
+    if len(broken):
+        what = "NaN" if np.isnan(seen[broken[0]]).any() else "infinity"
+        raise InputRefused(f"tensor {tensors[broken[0]]!r} holds {what} on the calibration data")
+
+
+def _joined(first: str, second: str) -> str:
+    return first if first == second else f"{first}+{second}"

@@ -1,0 +1,200 @@
+"""QuantizeLinear and DequantizeLinear nodes: put into a graph where a placement says, counted where they were fused."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from memopt.tensors import Array
+from memopt_export.affine import (
+    Affine,
+    asymmetric_uint8,
+    bias_scale,
+    quantize_bias,
+    symmetric_int8,
+    symmetric_int8_channels,
+    with_room_for_bias,
+)
+from memopt_export.calibrate import Ranges
+from memopt_export.graph import Graph, Wiring, attribute, wire
+from memopt_export.placement import Placement, has_weight
+from memopt_export.simplify import drop_unused_initializers, merge_equal_initializers
+
+if TYPE_CHECKING:
+    import onnx
+
+# What ONNX Runtime calls a layer that it computes in integers.
+FUSED = frozenset({"QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat"})
+
+
+@dataclass(frozen=True)
+class Format:
+    """The integers that a target takes."""
+
+    activations: Callable[[float, float], Affine]
+    int32_bias: bool
+
+
+FORMATS = {
+    "cpu": Format(asymmetric_uint8, int32_bias=True),
+    "tensorrt": Format(symmetric_int8, int32_bias=False),
+}
+
+
+def insert(graph: Graph, placement: Placement, ranges: Ranges) -> Graph:
+    """The graph with int8 weights in its layers and Q/DQ where `placement` says, as wide as `ranges` say."""
+    model = graph.copy_model()
+    _Insertion(model, wire(model), placement, ranges, FORMATS[placement.target]).run()
+    drop_unused_initializers(model)
+    merge_equal_initializers(model)
+    return graph.with_model(model)
+
+
+def fused_counts(data: bytes) -> tuple[int, int]:
+    """How many layers of a serialized model ONNX Runtime computes in integers on the CPU, and how many it has.
+
+    A layer is a Conv, Gemm or MatMul with a constant weight. Read from the model that ONNX Runtime writes after its
+    own optimizations.
+    """
+    import onnx
+
+    wiring = wire(onnx.load_from_string(data))
+    total = sum(has_weight(node, wiring) and node.op_type != "ConvTranspose" for node in wiring.nodes)
+    return sum(node.op_type in FUSED for node in _optimized(data).graph.node), total
+
+
+def _optimized(data: bytes) -> onnx.ModelProto:
+    import onnx
+    import onnxruntime as ort
+
+    with tempfile.TemporaryDirectory(prefix="memopt-") as folder:
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        options.log_severity_level = 3
+        ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        return onnx.load(options.optimized_model_filepath)
+
+
+@dataclass(frozen=True, eq=False)
+class _Insertion:
+    """One pass over the nodes of `model`, which is changed in place.
+
+    New tensors are named after what they come from: `T.quantized`, `T.dequantized`; a layer's after its output.
+    """
+
+    model: onnx.ModelProto
+    wiring: Wiring  # of the model as it was
+    placement: Placement
+    ranges: Ranges
+    format: Format
+    arrays: dict[str, Array] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Rewrites the nodes: weights before the layer that reads them, Q/DQ behind the node that writes."""
+        from onnx import numpy_helper
+
+        layers = {layer.index: layer for layer in self.placement.layers}
+        del self.model.graph.node[:]
+        for value in self.model.graph.input:
+            self._add_pair(value.name, value.name)
+        for index, node in enumerate(self.wiring.nodes):
+            if index in layers:
+                self._quantize_layer(node, layers[index].axis)
+            elif index in self.placement.guarded:
+                self._guard(node)
+            self._redirect_reads(index, node)
+            self._add_with_pairs(node)
+        self.model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in self.arrays.items())
+
+    def _quantize_layer(self, node: onnx.NodeProto, axis: int) -> None:
+        """int8 weights in the file, and an int32 bias where the target wants one."""
+        name, bias = node.output[0], node.input[2] if len(node.input) > 2 else ""
+        weight = self._float(node.input[1])
+        affine = symmetric_int8_channels(weight, axis=axis)
+        if bias and self.format.int32_bias:
+            inputs = self._affine(node.input[0])
+            affine = with_room_for_bias(affine, self._float(bias), inputs)
+            scale = bias_scale(inputs, affine)
+            node.input[2] = self._dequantized(f"{name}.bias", quantize_bias(self._float(bias), scale), scale, axis=0)
+        node.input[1] = self._dequantized(f"{name}.weight", affine.quantize(weight), affine.scale, axis=axis)
+
+    def _guard(self, node: onnx.NodeProto) -> None:
+        """Keeps a float layer's weights float: ONNX Runtime's WeightBiasQuantization makes them int8 with one scale.
+
+        It does so to a Conv, ConvTranspose or Gemm between a DequantizeLinear and a QuantizeLinear, unless its bias is
+        anything but an initializer. So the bias is stored in int32, in steps finer than float32's own.
+        https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/core/optimizer/qdq_transformer/weight_bias_quantization.cc
+        """
+        given = node.input[2] if len(node.input) > 2 else ""
+        if node.op_type == "MatMul" or (given and given not in self.wiring.initializers):
+            return
+        bias = self._float(given) if given else np.zeros(_output_channels(node, self._float(node.input[1])), np.float32)
+        scale = np.asarray(max(np.abs(bias).max() / 2**30, np.finfo(np.float32).tiny), np.float32)
+        name = self._dequantized(f"{node.output[0]}.bias", quantize_bias(bias, scale), scale, axis=None)
+        del node.input[2:]
+        node.input.append(name)
+
+    def _redirect_reads(self, index: int, node: onnx.NodeProto) -> None:
+        for slot, name in enumerate(node.input):
+            if (index, slot) in self.placement.reads and name not in self.placement.outputs:
+                node.input[slot] = f"{name}.dequantized"
+
+    def _add_with_pairs(self, node: onnx.NodeProto) -> None:
+        """The node, and Q/DQ of what it writes. An output of the graph keeps its name behind them."""
+        written = list(node.output)
+        for slot, name in enumerate(written):
+            if name in self.placement.outputs:
+                node.output[slot] = f"{name}.float"
+        self.model.graph.node.append(node)
+        for name, source in zip(written, node.output, strict=True):
+            self._add_pair(name, source)
+
+    def _add_pair(self, tensor: str, source: str) -> None:
+        """Q and DQ of a tensor that `source` brings, if it is to be quantized."""
+        from onnx import helper
+
+        if tensor not in self.placement.ranges_of:
+            return
+        origin, affine = self.placement.ranges_of[tensor], self._affine(tensor)
+        parameters = {f"{origin}.quantized.scale": affine.scale, f"{origin}.quantized.zero_point": affine.zero_point}
+        self.arrays.update(parameters)
+        result = tensor if tensor in self.placement.outputs else f"{tensor}.dequantized"
+        for op, read, write in (
+            ("QuantizeLinear", source, f"{tensor}.quantized"),
+            ("DequantizeLinear", f"{tensor}.quantized", result),
+        ):
+            self.model.graph.node.append(helper.make_node(op, [read, *parameters], [write], name=f"{tensor}.{op}"))
+
+    def _dequantized(self, name: str, integers: Array, scale: Array, *, axis: int | None) -> str:
+        """Stores integers with zero point 0 and adds the DequantizeLinear that reads them; the name of its output."""
+        from onnx import helper
+
+        stored = f"{name}.quantized"
+        zero_point = np.zeros(scale.shape, integers.dtype)
+        new = {stored: integers, f"{stored}.scale": scale, f"{stored}.zero_point": zero_point}
+        self.arrays.update(new)
+        node = helper.make_node("DequantizeLinear", list(new), [f"{name}.dequantized"], name=f"{name}.DequantizeLinear")
+        if axis is not None:
+            node.attribute.append(helper.make_attribute("axis", axis))
+        self.model.graph.node.append(node)
+        return f"{name}.dequantized"
+
+    def _affine(self, tensor: str) -> Affine:
+        return self.format.activations(*self.ranges.bounds[self.placement.ranges_of[tensor]])
+
+    def _float(self, name: str) -> Array:
+        from onnx import numpy_helper
+
+        return numpy_helper.to_array(self.wiring.initializers[name])
+
+
+def _output_channels(node: onnx.NodeProto, weight: Array) -> int:
+    if node.op_type == "ConvTranspose":
+        return int(weight.shape[1]) * int(attribute(node, "group", 1))
+    return int(weight.shape[1 if node.op_type == "Gemm" and not attribute(node, "transB", 0) else 0])

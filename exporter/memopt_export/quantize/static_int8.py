@@ -1,0 +1,81 @@
+"""int8 weights and activations, with ranges calibrated on samples (W8A8)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from memopt.errors import InputRefused, UsageError
+from memopt_export.calibrate import OnStep, collect_ranges
+from memopt_export.graph import Graph
+from memopt_export.placement import place
+from memopt_export.qdq import fused_counts, insert
+from memopt_export.quantize.quantized import Quantized
+from memopt_export.recipe import Recipe
+
+if TYPE_CHECKING:
+    from memopt_models.data import Samples
+
+# The first opset whose DequantizeLinear knows one scale for each channel.
+PER_CHANNEL_OPSET = 13
+
+
+def quantize(
+    graph: Graph,
+    recipe: Recipe,
+    samples: Samples | None,
+    *,
+    batch_size: int = 8,
+    exclude: Collection[str] = (),
+    on_step: OnStep | None = None,
+) -> Quantized:
+    """The graph with int8 layers for the recipe's target.
+
+    Raises:
+        UsageError: there are no samples to calibrate on.
+        InputRefused: nothing can be quantized, or calibration refuses the samples.
+    """
+    if samples is None:
+        raise UsageError("static int8 needs samples to calibrate on", hint="--data SPEC")
+    graph = _at_least_opset(graph, PER_CHANNEL_OPSET)
+    placement = place(graph, recipe.target, exclude=exclude)
+    if not placement.layers:
+        raise InputRefused("the graph has no Conv, Gemm or MatMul that int8 could serve", hint="--precision fp16")
+    ranges = collect_ranges(
+        graph,
+        placement.tensors,
+        samples.batches(_batch_size(graph, batch_size)),
+        source=samples.source,
+        fingerprint=samples.fingerprint,
+        on_step=on_step,
+    )
+    quantized = insert(graph, placement, ranges)
+    quantized = quantized.with_model(quantized.model, precision=recipe.name)
+    fused = fused_counts(quantized.data) if recipe.target == "cpu" else None
+    return Quantized(quantized, ranges, fused, placement.kept_float)
+
+
+def _at_least_opset(graph: Graph, opset: int) -> Graph:
+    """The graph in that opset, where its own is older.
+
+    Raises:
+        InputRefused: onnx cannot convert it.
+    """
+    from onnx import version_converter
+
+    current = next((entry.version for entry in graph.model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if current >= opset:
+        return graph
+    try:
+        return graph.with_model(version_converter.convert_version(graph.model, opset))
+    except (version_converter.ConvertError, RuntimeError) as error:
+        raise InputRefused(
+            f"the graph has opset {current}, int8 needs {opset}, and onnx cannot convert it: {error}",
+            hint=f"export it again with opset {opset} or newer",
+        ) from error
+
+
+def _batch_size(graph: Graph, wanted: int) -> int:
+    """What one run takes: the graph's own number where it has a fixed one."""
+    first = graph.inputs[0].shape[:1]
+    return first[0] if first and isinstance(first[0], int) else wanted

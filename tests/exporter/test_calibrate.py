@@ -1,0 +1,129 @@
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memopt.errors import InputRefused
+from memopt_export.calibrate import Ranges, collect_ranges, merge
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(scope="module")
+def doubled(net):
+    """(batch, 3) -> twice the input -> its Relu."""
+    drawn = net(3)
+    drawn.op("Mul", "x", drawn.constant("two", np.float32(2)), name="double")
+    drawn.op("Relu", name="relu")
+    return drawn.graph()
+
+
+def collect(graph, batches, tensors=("x", "double.out", "relu.out"), **options):
+    return collect_ranges(graph, tensors, batches, source="random/train", fingerprint="f" * 64, **options)
+
+
+def rows(*values):
+    return {"x": np.float32(values).reshape(-1, 3)}
+
+
+def test_ranges_by_hand(doubled):
+    ranges = collect(doubled, [rows(1, -2, 0), rows(0, 0.5, 3, -1, 1, 1)])
+    assert ranges == Ranges(
+        {"x": (-2.0, 3.0), "double.out": (-4.0, 6.0), "relu.out": (0.0, 6.0)}, 3, "random/train", "f" * 64
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(cut=st.integers(1, 39), seed=st.integers(0, 2**16))
+def test_merged_shards_equal_the_unsharded_run(doubled, cut, seed):
+    values = np.random.default_rng(seed).normal(size=(40, 3)).astype(np.float32)
+    parts = [collect(doubled, [{"x": part}]) for part in (values[:cut], values[cut:])]
+    assert merge(*parts) == collect(doubled, [{"x": values}])
+
+
+@pytest.mark.parametrize("size", [1, 7, 32])
+def test_ranges_do_not_depend_on_the_batch_size(cnn, samples_of, size):
+    graph = cnn().graph()
+    samples = samples_of(graph)
+    tensors = ["x", "residual.out", "fc.out"]
+    whole = collect(graph, samples.batches(len(samples)), tensors)
+    split = collect(graph, samples.batches(size), tensors)
+    for name in tensors:
+        np.testing.assert_allclose(split.bounds[name], whole.bounds[name], rtol=1e-5)
+
+
+def test_ranges_of_different_data_name_both(doubled):
+    first = collect(doubled, [rows(1, 2, 3)])
+    second = Ranges(first.bounds, 5, "other", "e" * 64)
+    merged = merge(first, second)
+    assert (merged.samples, merged.source) == (6, "random/train+other")
+    assert merged.fingerprint == "f" * 64 + "+" + "e" * 64
+
+
+def test_ranges_of_different_graphs_do_not_merge(doubled):
+    first = collect(doubled, [rows(1, 2, 3)])
+    with pytest.raises(InputRefused, match=re.escape("ranges of different graphs: only one side knows 'x'")):
+        merge(first, collect(doubled, [rows(1, 2, 3)], ["double.out", "relu.out"]))
+
+
+def test_without_samples_nothing_is_invented(doubled):
+    with pytest.raises(
+        InputRefused, match=r"random/train gave no samples; calibration data is never invented.*--data SPEC"
+    ):
+        collect(doubled, [])
+
+
+@pytest.mark.parametrize("position", range(6))
+@pytest.mark.parametrize(("value", "word"), [(np.nan, "NaN"), (np.inf, "infinity"), (-np.inf, "infinity")])
+def test_a_value_that_is_not_finite_names_its_tensor(doubled, position, value, word):
+    batch = rows(1, 2, 3, 4, 5, 6)
+    batch["x"].flat[position] = value
+    with pytest.raises(InputRefused, match=f"tensor 'x' holds {word} on the calibration data"):
+        collect(doubled, [rows(1, 2, 3), batch])
+
+
+def test_overflow_within_the_graph_is_told_where_it_starts(doubled):
+    with pytest.raises(InputRefused, match=r"tensor 'double\.out' holds infinity"):
+        collect(doubled, [rows(3e38, 0, 0)])
+
+
+def test_a_batch_that_does_not_fit_the_inputs_is_refused(doubled):
+    with pytest.raises(InputRefused, match=r"input 'x' expects shape \(batch, 3\), got \(2, 4\)"):
+        collect(doubled, [{"x": np.zeros((2, 4), np.float32)}])
+
+
+def test_an_unknown_tensor_is_refused(doubled):
+    with pytest.raises(InputRefused, match="the graph has no tensor 'nothing' to calibrate"):
+        collect(doubled, [rows(1, 2, 3)], ["nothing"])
+
+
+def test_progress_counts_samples(doubled):
+    seen = []
+    collect(doubled, [rows(1, 2, 3), rows(1, 2, 3, 4, 5, 6)], on_step=seen.append)
+    assert seen == [1, 3]
+
+
+def test_graph_is_unchanged(doubled):
+    before = doubled.model.SerializeToString(deterministic=True)
+    collect(doubled, [rows(1, 2, 3)])
+    assert doubled.model.SerializeToString(deterministic=True) == before
+
+
+def test_memory_does_not_grow_with_samples(net):
+    """150 batches write 4 MiB of activations each: 600 MiB, were they kept."""
+    drawn = net(1, 128, 128)
+    drawn.conv(64, kernel=1)
+    drawn.op("Relu")
+    graph = drawn.graph()
+    batch = {"x": np.ones((1, 1, 128, 128), np.float32)}
+    seen = []
+
+    def resident_bytes(_samples=0):
+        seen.append(int(Path("/proc/self/statm").read_text().split()[1]) * PAGE)
+
+    collect(graph, [batch] * 150, ["x", graph.outputs[0].name], on_step=resident_bytes)
+    assert seen[-1] - seen[9] < 32 * 2**20

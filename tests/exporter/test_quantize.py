@@ -1,0 +1,345 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from memopt.accuracy import sqnr_db
+from memopt.errors import InputRefused, UsageError
+from memopt_export.graph import Graph, load_graph, save_graph
+from memopt_export.quantize import METHODS, Quantized, float16, quantize
+from memopt_export.recipe import PRECISIONS, Recipe, parse
+
+onnx = pytest.importorskip("onnx")
+
+# What each method promises on a network that neither dies nor explodes: a half keeps 11 bits, 66 dB for one rounding,
+# less what a dozen of them add up; 8 bits over a range of a few standard deviations keep about 40 dB, less the same.
+FLOOR_DB = {"fp16": 55, "int8": 20, "int8-tensorrt": 20}
+# Share of the float file that is left, names and all.
+LARGEST_SHARE = {"fp16": 0.55, "int8": 0.45, "int8-tensorrt": 0.4}
+
+
+@pytest.fixture(scope="module")
+def graph(cnn):
+    return cnn().graph()
+
+
+@pytest.fixture(scope="module")
+def samples(graph, samples_of):
+    return samples_of(graph)
+
+
+@pytest.fixture(scope="module", params=list(FLOOR_DB))
+def recipe(request):
+    return parse(request.param)
+
+
+@pytest.fixture(scope="module")
+def done(graph, recipe, samples):
+    return quantize(graph, recipe, samples)
+
+
+# --- the contract of all methods
+
+
+def test_every_precision_has_its_method_and_its_case_here():
+    assert set(METHODS) == set(PRECISIONS) - {"fp32"}
+    assert {parse(name).precision for name in FLOOR_DB} == set(METHODS)
+
+
+def test_inputs_and_outputs_are_unchanged(done, graph):
+    assert done.graph.inputs == graph.inputs
+    assert done.graph.outputs == graph.outputs
+    assert done.graph.inputs[0].shape[0] == "batch"
+
+
+def test_result_carries_the_recipe_s_name_and_the_lineage(done, graph, recipe):
+    assert done.graph.precision == recipe.name
+    assert done.graph.weights_sha256 == graph.weights_sha256
+
+
+def test_checker_accepts_it(done):
+    onnx.checker.check_model(done.graph.model, full_check=True)
+
+
+def test_file_is_smaller(done, graph, recipe):
+    assert len(done.graph.data) < LARGEST_SHARE[recipe.name] * len(graph.data)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_it_is_close_to_float_at_every_batch(done, graph, recipe, samples_of, run, batch):
+    others = samples_of(graph, batch, seed=7)
+    output = run(done.graph, others)
+    assert output.shape == (batch, 10)
+    assert sqnr_db(output, run(graph, others)) > FLOOR_DB[recipe.name]
+
+
+def test_optimization_does_not_change_its_outputs(done, recipe, samples, run):
+    close = sqnr_db(run(done.graph, samples), run(done.graph, samples, optimize=False))
+    assert close > FLOOR_DB[recipe.name] + 5
+
+
+def test_bytes_are_the_same_each_time(done, graph, recipe, samples):
+    assert quantize(graph, recipe, samples).graph.data == done.graph.data
+
+
+def test_graph_given_is_unchanged(graph, recipe, samples):
+    before = graph.model.SerializeToString(deterministic=True)
+    quantize(graph, recipe, samples)
+    assert graph.model.SerializeToString(deterministic=True) == before
+    assert graph.precision == "fp32"
+
+
+def test_an_excluded_node_is_reported_and_keeps_its_weights(graph, recipe, samples):
+    result = quantize(graph, recipe, samples, exclude=["wide"])
+    stored = {tensor.name: tensor for tensor in result.graph.model.graph.initializer}
+    kept = [name for name in stored if name.startswith("wide.w")]
+    assert result.kept_float == ("wide",)
+    assert [stored[name].data_type for name in kept] == [onnx.TensorProto.FLOAT]
+
+
+def test_file_survives_a_round_trip(done, recipe, tmp_path):
+    save_graph(done.graph, tmp_path / "small.onnx")
+    loaded = load_graph(tmp_path / "small.onnx")
+    assert (loaded.precision, loaded.data) == (recipe.name, done.graph.data)
+
+
+def test_tensorrt_builds_it(graph, samples, build_engine):
+    for name in ("fp16", "int8-tensorrt"):
+        assert build_engine(quantize(graph, parse(name), samples).graph) > 0
+
+
+def test_better_precision_is_closer_to_float(graph, samples, run):
+    expected = run(graph, samples)
+    close = {name: sqnr_db(run(quantize(graph, parse(name), samples).graph, samples), expected) for name in FLOOR_DB}
+    assert close["fp16"] > close["int8"]
+    assert close["fp16"] > close["int8-tensorrt"]
+
+
+def test_bytes_do_not_depend_on_the_hash_seed(graph, samples, tmp_path):
+    save_graph(graph, tmp_path / "float.onnx")
+    np.save(tmp_path / "x.npy", samples.feeds["x"])
+    program = """if True:
+        import sys, numpy
+        from pathlib import Path
+        from memopt_export.graph import load_graph
+        from memopt_export.quantize import quantize
+        from memopt_export.recipe import parse
+        from memopt_models.data import Samples
+        folder = Path(sys.argv[1])
+        samples = Samples({"x": numpy.load(folder / "x.npy")}, None, "random/train")
+        print([quantize(load_graph(folder / "float.onnx"), parse(name), samples).graph.sha256 for name in sys.argv[2:]])
+    """
+    command = [sys.executable, "-c", program, str(tmp_path), *FLOOR_DB]
+    answer = subprocess.run(command, env={"PYTHONHASHSEED": "12345"}, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == str([quantize(graph, parse(name), samples).graph.sha256 for name in FLOOR_DB])
+
+
+# --- refusals
+
+
+def test_an_unknown_node_to_exclude_is_refused_with_the_nearest_names(graph, recipe, samples):
+    with pytest.raises(UsageError, match=r"the graph has no node 'wild' to exclude; hint: --exclude wide or "):
+        quantize(graph, recipe, samples, exclude=["wild"])
+
+
+def test_what_is_quantized_already_is_refused(done, recipe, samples):
+    with pytest.raises(InputRefused, match=f"the graph is already {recipe.name}; hint: start from the fp32 graph"):
+        quantize(done.graph, recipe, samples)
+
+
+def test_a_foreign_quantized_graph_is_refused_too(done, recipe, samples):
+    if recipe.precision == "int8":
+        with pytest.raises(InputRefused, match="the graph is already quantized"):
+            quantize(Graph(done.graph.model, "0" * 64), recipe, samples)
+
+
+def test_fp32_is_no_quantization(graph, samples):
+    with pytest.raises(UsageError, match=r"fp32 is not made by quantizing; hint: --precision fp16\|int8"):
+        quantize(graph, Recipe("fp32"), samples)
+
+
+def test_a_subgraph_is_refused(net, recipe, samples):
+    drawn = net(3)
+    drawn.choice()
+    with pytest.raises(InputRefused, match="quantize handles straight graphs only; 'choice' is a If"):
+        quantize(drawn.graph(), recipe, samples)
+
+
+# --- int8
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-tensorrt"])
+def test_static_int8_without_samples_is_refused(graph, name):
+    with pytest.raises(UsageError, match="static int8 needs samples to calibrate on; hint: --data SPEC"):
+        quantize(graph, parse(name), None)
+
+
+def test_int8_tells_ranges_and_fused_layers(graph, samples):
+    cpu, tensorrt = (quantize(graph, parse(name), samples) for name in ("int8", "int8-tensorrt"))
+    assert (cpu.fused, tensorrt.fused) == ((5, 5), None)
+    assert cpu.ranges.samples == 32
+    assert (cpu.ranges.source, cpu.ranges.fingerprint) == ("random/train", samples.fingerprint)
+    assert cpu.ranges.bounds["x"] == (float(samples.feeds["x"].min()), float(samples.feeds["x"].max()))
+    assert tensorrt.ranges.bounds.keys() < cpu.ranges.bounds.keys()
+
+
+def test_progress_reaches_the_number_of_samples(graph, samples):
+    seen = []
+    quantize(graph, Recipe("int8"), samples, batch_size=10, on_step=seen.append)
+    assert seen == [10, 20, 30, 32]
+
+
+def test_an_old_opset_is_raised(net, samples_of, run):
+    drawn = net(3, 8, 8, opset=11)
+    drawn.conv(8)
+    drawn.relu6()
+    drawn.conv(8)
+    graph = drawn.graph()
+    samples = samples_of(graph)
+    result = quantize(graph, Recipe("int8"), samples)
+    assert result.graph.model.opset_import[0].version == 13
+    assert result.fused == (2, 2)
+    assert sqnr_db(run(result.graph, samples), run(graph, samples)) > 20
+
+
+def test_a_graph_is_simplified_first(net, samples_of):
+    """Weights in Constant nodes, or listed among the inputs, and BatchNorms would keep layers in float."""
+    drawn = net(3, 8, 8)
+    drawn.conv(8, name="first", bias=False)
+    ones = [drawn.constant(name, np.ones(8, np.float32)) for name in ("gamma", "beta", "mean", "variance")]
+    drawn.op("BatchNormalization", drawn.last, *ones)
+    drawn.conv(4, name="second", bias=False)
+    weight = onnx.numpy_helper.from_array(drawn.arrays.pop("second.w"))
+    drawn.nodes.insert(0, onnx.helper.make_node("Constant", [], ["second.w"], value=weight))
+    model = drawn.model()
+    model.graph.input.append(onnx.helper.make_tensor_value_info("first.w", onnx.TensorProto.FLOAT, (8, 3, 3, 3)))
+    graph = Graph(model, "0" * 64)
+    result = quantize(graph, Recipe("int8"), samples_of(graph))
+    assert (result.fused, result.kept_float) == ((2, 2), ())
+    assert [value.name for value in result.graph.model.graph.input] == ["x"]
+
+
+def test_a_fixed_batch_decides_the_size_of_calibration_runs(net, samples_of):
+    drawn = net(3, 8, 8)
+    drawn.conv(8)
+    model = drawn.model()
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+    graph = Graph(model, "0" * 64)
+    seen = []
+    quantize(graph, Recipe("int8"), samples_of(graph, 6), batch_size=5, on_step=seen.append)
+    assert seen == [2, 4, 6]
+
+
+def test_a_graph_without_layers_is_refused(net, samples_of):
+    drawn = net(3)
+    drawn.op("Relu")
+    graph = drawn.graph()
+    with pytest.raises(InputRefused, match="the graph has no Conv, Gemm or MatMul that int8 could serve"):
+        quantize(graph, Recipe("int8"), samples_of(graph))
+
+
+# --- fp16
+
+
+def half(drawn, samples_of, run, *outputs, exclude=()):
+    """The converted graph, after checking that it runs close to the float one."""
+    graph = drawn.graph(*outputs)
+    samples = samples_of(graph, 4)
+    result = float16.convert(graph, exclude=exclude)
+    onnx.checker.check_model(result.graph.model, full_check=True)
+    assert (result.graph.inputs, result.graph.outputs) == (graph.inputs, graph.outputs)
+    assert sqnr_db(run(result.graph, samples), run(graph, samples)) > FLOOR_DB["fp16"]
+    return result
+
+
+def kinds(result: Quantized):
+    return [node.op_type for node in result.graph.model.graph.node]
+
+
+def test_fp16_casts_at_the_ends_only(graph):
+    result = quantize(graph, Recipe("fp16"), None)
+    assert kinds(result).count("Cast") == 2
+    assert {tensor.data_type for tensor in result.graph.model.graph.initializer} == {onnx.TensorProto.FLOAT16}
+    assert (result.ranges, result.fused, result.kept_float) == (None, None, ())
+
+
+def test_fp16_keeps_a_node_float_whose_weight_is_too_large_for_a_half(net, samples_of, run):
+    drawn = net(8)
+    drawn.op("Mul", "x", drawn.constant("huge", np.float32(1e5)), name="up")
+    drawn.op("Mul", drawn.last, drawn.constant("tiny", np.float32(1e-5)), name="down")
+    result = half(drawn, samples_of, run)
+    assert result.kept_float == ("up",)
+    assert onnx.numpy_helper.to_array(
+        next(tensor for tensor in result.graph.model.graph.initializer if tensor.name.startswith("huge"))
+    ) == np.float32(1e5)
+
+
+def test_fp16_turns_an_infinite_weight_into_an_infinite_half(net, samples_of, run):
+    drawn = net(4)
+    mask = drawn.constant("mask", np.float32([0, -np.inf, 0, 0]))
+    drawn.op("Add", "x", mask)
+    drawn.op("Softmax", axis=-1)
+    assert half(drawn, samples_of, run).kept_float == ()
+
+
+def test_fp16_leaves_the_scales_of_a_resize_float(net, samples_of, run, build_engine):
+    drawn = net(3, 4, 4)
+    drawn.op("Resize", "x", "", drawn.constant("scales", np.float32([1, 1, 2, 2])), mode="nearest")
+    result = half(drawn, samples_of, run)
+    (scales,) = result.graph.model.graph.initializer
+    assert (scales.data_type, kinds(result)) == (onnx.TensorProto.FLOAT, ["Cast", "Resize", "Cast"])
+    assert build_engine(result.graph) > 0
+
+
+def test_fp16_keeps_an_operator_float_that_knows_no_half(net, samples_of, run):
+    drawn = net(4)
+    start, limit, delta = (
+        drawn.constant(name, np.float32(value)) for name, value in zip("abc", (0, 4, 1), strict=True)
+    )
+    drawn.op("Range", start, limit, delta, name="ramp")
+    drawn.op("Add", "x", drawn.last)
+    result = half(drawn, samples_of, run)
+    assert result.kept_float == ("ramp",)
+    assert kinds(result) == ["Range", "Cast", "Cast", "Add", "Cast"]
+
+
+def test_fp16_turns_the_attributes_that_name_a_type(net, samples_of, run):
+    drawn = net(4)
+    drawn.op("Cast", "x", to=onnx.TensorProto.INT32, name="down")
+    drawn.op("Cast", drawn.last, to=onnx.TensorProto.FLOAT, name="up")
+    shape = drawn.op("Shape", "x")
+    ones = drawn.op("ConstantOfShape", shape, value=onnx.numpy_helper.from_array(np.ones(1, np.float32)))
+    zeros = drawn.op("ConstantOfShape", shape)
+    drawn.nodes.append(onnx.helper.make_node("Constant", [], ["quarter"], value_float=0.25))
+    total = drawn.op("Sum", "up.out", ones, zeros, "quarter")
+    result = half(drawn, samples_of, run, total)
+    assert result.kept_float == ()
+    assert kinds(result).count("Cast") == 4
+
+
+def test_fp16_output_that_is_read_inside_too_keeps_its_name(net, samples_of, run):
+    drawn = net(3, 8, 8)
+    first = drawn.conv(8)
+    drawn.conv(4, name="second")
+    result = half(drawn, samples_of, run, first, "second.out")
+    assert [spec.name for spec in result.graph.outputs] == [first, "second.out"]
+
+
+def test_fp16_weight_read_in_both_precisions_is_stored_in_both(net, samples_of, run):
+    drawn = net(8)
+    weight = drawn.weight("w", 8, 8)
+    drawn.op("MatMul", "x", weight, name="first")
+    drawn.op("MatMul", drawn.last, weight, name="second")
+    result = half(drawn, samples_of, run, exclude=["first"])
+    stored = {tensor.data_type for tensor in result.graph.model.graph.initializer}
+    assert stored == {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
+
+
+def test_fp16_refuses_an_operator_of_unknown_types(graph, samples):
+    model = graph.copy_model()
+    model.graph.node[1].domain = "own"
+    model.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    with pytest.raises(InputRefused, match=r"'relu1' is a own\.Relu, whose types are not known"):
+        quantize(Graph(model, "0" * 64), Recipe("fp16"), samples)
