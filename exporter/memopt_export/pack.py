@@ -76,7 +76,7 @@ class Contents:
                 raise InputRefused(f"{part.id} has other inputs or outputs than {self.graphs[0].id}")
         for any_part in self.parts:
             if not is_safe_name(any_part.id) or "/" in any_part.id:
-                raise UsageError(f"{any_part.id!r} cannot name a variant", hint="letters, digits, dot, dash and underscore")
+                raise UsageError(f"{any_part.id!r} cannot name a variant", hint="letters, digits, . _ and -")
 
     @property
     def graphs(self) -> tuple[OnnxPart, ...]:
