@@ -1,0 +1,174 @@
+"""Data by name: sets to train on, and samples that a model can run."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from memopt.errors import InputRefused, UsageError
+from memopt.preprocess import prepare, resize
+from memopt.tensors import Array, TensorSpec, check_feeds
+from memopt_models import downloads
+from memopt_models.class_folders import read_class_folders
+from memopt_models.dataset import SPLITS, DataSet, Split, make_data, split_by_class
+from memopt_models.digest import digest_arrays
+from memopt_models.factories import load_factory
+
+__all__ = ["SPLITS", "DataSet", "Samples", "Split", "default_root", "make_data", "open_data", "open_samples"]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Inputs of a model, ready to run; the first axis counts the samples."""
+
+    feeds: dict[str, Array]
+    labels: Array | None  # int64 (n,)
+    source: str  # such as "digits/test"
+
+    def __len__(self) -> int:
+        return len(next(iter(self.feeds.values())))
+
+    def take(self, n: int, *, seed: int) -> Samples:
+        """`n` samples drawn without replacement, in the order they had.
+
+        Raises:
+            InputRefused: there are fewer, or `n` is not positive.
+        """
+        if not 0 < n <= len(self):
+            raise InputRefused(f"{n} samples asked for, {self.source} has {len(self)}", hint=f"--samples {len(self)}")
+        rows = np.sort(np.random.default_rng(seed).choice(len(self), n, replace=False))
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(self, feeds={name: array[rows] for name, array in self.feeds.items()}, labels=labels)
+
+    def batches(self, size: int) -> Iterator[dict[str, Array]]:
+        """The inputs, `size` samples at a time; the last batch may be smaller. Views, no copies."""
+        for start in range(0, len(self), size):
+            yield {name: array[start : start + size] for name, array in self.feeds.items()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the inputs and labels, as 64 hex digits."""
+        labels = {} if self.labels is None else {"labels": self.labels}
+        return digest_arrays({f"feeds.{name}": array for name, array in self.feeds.items()} | labels)
+
+
+def open_data(spec: str, *, root: Path | None = None, download: bool = True) -> DataSet:
+    """The data set that `spec` names.
+
+    Args:
+        spec: "digits" (offline), "mnist", "fashion-mnist", "cifar10", "images:DIR" or "images:DIR@HEIGHTxWIDTH"
+            (class folders), or "pkg.mod:function" (returns a DataSet).
+        root: where downloaded data lies; None takes `default_root()`.
+        download: whether missing data may be fetched.
+
+    Raises:
+        UsageError: no such data.
+        InputRefused: the data is missing and cannot be fetched, or it is damaged.
+    """
+    if spec in _KNOWN:
+        return _KNOWN[spec](root or default_root(), download=download)
+    if spec.startswith("images:"):
+        return _images(spec)
+    if ":" in spec:
+        data = load_factory(spec)()
+        if not isinstance(data, DataSet):
+            raise UsageError(f"{spec!r} returned a {type(data).__name__}, not a memopt_models.data.DataSet")
+        return data
+    raise UsageError(f"data {spec!r} is not known", hint=f"{', '.join(_KNOWN)}, images:DIR or pkg.mod:function")
+
+
+def open_samples(
+    spec: str,
+    *,
+    split: str,
+    inputs: Sequence[TensorSpec],
+    root: Path | None = None,
+    preprocess: Sequence[Mapping[str, Any]] | None = None,
+) -> Samples:
+    """Samples that a model with these inputs can run.
+
+    Args:
+        spec: as for `open_data`, or "FILE.npz" with arrays named as the inputs and, if known, "labels".
+        split: "train", "validation" or "test"; an .npz has no splits.
+        inputs: of the model; their first dimension is the batch.
+        root: as for `open_data`.
+        preprocess: the model's own steps; None takes those of the data set.
+
+    Raises:
+        UsageError: no such data or split.
+        InputRefused: the samples do not fit the inputs, or the file is damaged.
+    """
+    per_sample = [replace(tensor, shape=("batch", *tensor.shape[1:])) for tensor in inputs]
+    if spec.endswith(".npz"):
+        return _read_npz(Path(spec), per_sample)
+    if split not in SPLITS:
+        raise UsageError(f"split {split!r} is not known", hint=", ".join(SPLITS))
+    data = open_data(spec, root=root)
+    chosen = data.splits[split]
+    feeds = {inputs[0].name: prepare(chosen.images, data.preprocess if preprocess is None else preprocess)}
+    check_feeds(per_sample, feeds)
+    return Samples(feeds, chosen.labels, f"{data.name}/{split}")
+
+
+def default_root() -> Path:
+    """Where downloaded data lies: $MEMOPT_DATA_ROOT, else the user's cache."""
+    import os
+
+    return Path(os.environ.get("MEMOPT_DATA_ROOT") or Path.home() / ".cache" / "memopt" / "data")
+
+
+def _digits(root: Path, *, download: bool) -> DataSet:
+    """scikit-learn's 1797 digits, 8x8 with values 0 to 16, brought to 28x28; they come with the library."""
+    from sklearn.datasets import load_digits
+
+    pictures, labels = load_digits(return_X_y=True)
+    images = np.rint(pictures.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    whole = Split(resize(images, (28, 28)), labels.astype(np.int64))
+    return make_data("digits", [whole.pick(rows) for rows in split_by_class(whole.labels)], tuple("0123456789"))
+
+
+class _Opener(Protocol):
+    def __call__(self, root: Path, *, download: bool) -> DataSet: ...
+
+
+_KNOWN: dict[str, _Opener] = {
+    "digits": _digits,
+    "mnist": downloads.mnist,
+    "fashion-mnist": downloads.fashion_mnist,
+    "cifar10": downloads.cifar10,
+}
+
+
+def _images(spec: str) -> DataSet:
+    match = re.fullmatch(r"images:(.+?)(?:@(\d+)x(\d+))?", spec)
+    if match is None:
+        raise UsageError(f"data {spec!r} names no folder", hint="images:DIR")
+    size = (int(match[2]), int(match[3])) if match[2] else None
+    if size and not all(0 < side <= 4096 for side in size):
+        raise UsageError(f"data {spec!r} asks for pictures of {size[0]}x{size[1]}", hint=f"images:{match[1]}@224x224")
+    splits, classes = read_class_folders(Path(match[1]), size=size)
+    return make_data(spec, splits, classes)
+
+
+def _read_npz(path: Path, inputs: Sequence[TensorSpec]) -> Samples:
+    """Arrays named as the inputs, each with the samples along its first axis, and the labels if there are any."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays: dict[str, Array] = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise InputRefused(f"{path} cannot be read as .npz: {error}") from error
+    labels = arrays.pop("labels", None) if "labels" not in [tensor.name for tensor in inputs] else None
+    check_feeds(inputs, arrays)
+    lengths = {name: len(array) for name, array in arrays.items()} | ({} if labels is None else {"labels": len(labels)})
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise InputRefused(f"{path} has different numbers of samples, or none: {lengths}")
+    if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
+        raise InputRefused(f"{path} has labels {labels.dtype} {labels.shape}", hint="integers, (samples,)")
+    return Samples(arrays, None if labels is None else labels.astype(np.int64), path.name)

@@ -1,0 +1,133 @@
+"""Pictures with classes, divided into train, validation and test; uint8 until a batch of them is prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from memopt.errors import InputRefused
+from memopt.tensors import Array, TensorSpec
+from memopt_models.digest import digest_arrays
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Pictures and their classes."""
+
+    images: Array  # uint8 (n, height, width, channels)
+    labels: Array  # int64 (n,)
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] not in (1, 3):
+            raise InputRefused(f"pictures are {self.images.dtype} {self.images.shape}", hint="uint8 (n, h, w, 1 or 3)")
+        if self.labels.dtype != np.int64 or self.labels.shape != self.images.shape[:1]:
+            raise InputRefused(f"labels are {self.labels.dtype} {self.labels.shape} for {len(self.images)} pictures")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pick(self, rows: Array | slice) -> Split:
+        """These rows; of a slice the pictures are a view, so that a mapped file stays mapped."""
+        return Split(self.images[rows], self.labels[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """Three splits of pictures of one size, and how a picture becomes an input."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    classes: tuple[str, ...]
+    preprocess: tuple[dict[str, Any], ...]  # steps of memopt.preprocess
+
+    def __post_init__(self) -> None:
+        size = self.train.images.shape[1:]
+        for name, split in self.splits.items():
+            if not len(split):
+                raise InputRefused(f"data {self.name!r} has no {name} samples")
+            if split.images.shape[1:] != size:
+                raise InputRefused(
+                    f"data {self.name!r} has pictures of {split.images.shape[1:]} in {name}, {size} in train"
+                )
+            if split.labels.min() < 0 or split.labels.max() >= len(self.classes):
+                raise InputRefused(f"data {self.name!r} has labels outside its {len(self.classes)} classes in {name}")
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits by name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the pictures and labels of all splits, as 64 hex digits."""
+        images = {f"{name}.images": split.images for name, split in self.splits.items()}
+        labels = {f"{name}.labels": split.labels for name, split in self.splits.items()}
+        return digest_arrays(images | labels)
+
+    @property
+    def input_spec(self) -> TensorSpec:
+        """What a model of this data takes."""
+        _, height, width, channels = self.train.images.shape
+        return TensorSpec("input", "float32", ("batch", channels, height, width))
+
+
+def make_data(name: str, splits: Sequence[Split], classes: Sequence[str]) -> DataSet:
+    """A DataSet whose preprocessing brings the train pictures to mean 0 and deviation 1 in each channel.
+
+    Args:
+        name: as it stands in lineage and reports.
+        splits: train, validation and test.
+        classes: names, in the order of the labels.
+    """
+    train, validation, test = splits
+    _, height, width, channels = train.images.shape
+    mean, std = channel_statistics(train.images)
+    preprocess: tuple[dict[str, Any], ...] = (
+        {"op": "decode", "color": "gray" if channels == 1 else "rgb"},
+        {"op": "resize", "size": [height, width]},
+        {"op": "scale", "factor": 1 / 255},
+        {"op": "normalize", "mean": mean, "std": std},
+        {"op": "layout", "to": "NCHW"},
+    )
+    return DataSet(name, train, validation, test, tuple(classes), preprocess)
+
+
+def channel_statistics(images: Array) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel in 0 to 1, rounded to 4 digits; exact, from the counts of 256 values.
+
+    >>> channel_statistics(np.array([0, 255], np.uint8).reshape(1, 1, 2, 1))
+    ([0.5], [0.5])
+    """
+    channels = images.shape[3]
+    counts = np.zeros((channels, 256), np.int64)
+    for start in range(0, len(images), 1024):  # the pictures may be a mapped file: never all in memory
+        block = images[start : start + 1024]
+        counts += [np.bincount(block[..., channel].ravel(), minlength=256) for channel in range(channels)]
+    shares, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
+    mean = shares @ values
+    std = np.sqrt(shares @ values**2 - mean**2)
+    return [round(float(m), 4) for m in mean], [round(float(s), 4) or 1.0 for s in std]
+
+
+def split_by_class(labels: Array, *, shares: Sequence[float] = (0.6, 0.2, 0.2), seed: int = 0) -> list[Array]:
+    """Rows of each part, sorted: every class is divided by `shares`, drawn with the seed.
+
+    >>> [len(rows) for rows in split_by_class(np.array([0] * 10 + [1] * 5))]
+    [9, 3, 3]
+    """
+    rng = np.random.default_rng(seed)
+    parts: list[list[Array]] = [[] for _ in shares]
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        cuts = np.rint(np.cumsum(shares)[:-1] * len(rows)).astype(int)
+        for part, piece in zip(parts, np.split(rows, cuts), strict=True):
+            part.append(piece)
+    return [np.sort(np.concatenate(part)) for part in parts]

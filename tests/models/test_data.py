@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memopt.errors import InputRefused, UsageError
+from memopt.preprocess import prepare
+from memopt.tensors import TensorSpec
+from memopt_models.data import DataSet, Samples, Split, default_root, make_data, open_data, open_samples
+
+INPUT = TensorSpec("input", "float32", ("batch", 1, 28, 28))
+SAMPLES = Samples({"x": np.arange(20).reshape(10, 2), "y": np.arange(10)}, np.arange(10), "ten")
+
+
+def own_data() -> DataSet:
+    split = Split(np.arange(12, dtype=np.uint8).reshape(3, 2, 2, 1), np.array([0, 1, 0]))
+    return make_data("own", [split] * 3, ("a", "b"))
+
+
+def own_number() -> int:
+    return 3
+
+
+def test_digits_are_divided_class_by_class(digits: DataSet) -> None:
+    sizes = {name: len(split) for name, split in digits.splits.items()}
+    assert sizes == {"train": 1078, "validation": 360, "test": 359}
+    counts = np.stack([np.bincount(split.labels) for split in digits.splits.values()])  # (splits, classes)
+    np.testing.assert_allclose(counts / counts.sum(axis=0), [[0.6], [0.2], [0.2]] * np.ones(10), atol=0.005)
+
+
+def test_digits_are_pictures_of_28_by_28_with_the_full_range(digits: DataSet) -> None:
+    images = digits.train.images
+    assert (images.shape[1:], images.min(), images.max()) == ((28, 28, 1), 0, 255)
+
+
+def test_digits_are_the_same_every_time(digits: DataSet) -> None:
+    assert open_data("digits").fingerprint == digits.fingerprint
+
+
+def test_import_is_light() -> None:
+    heavy = "{'torch', 'torchvision', 'sklearn', 'PIL', 'torch_pruning', 'safetensors'}"
+    modules = "data, train, prune, distill, evaluate, checkpoint, networks"
+    code = f"import sys; from memopt_models import {modules}; print({heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"set()\n"
+
+
+def test_root_is_the_argument_then_the_environment_then_the_cache(
+    tmp_path: Path, small_mnist: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEMOPT_DATA_ROOT", str(small_mnist))
+    assert default_root() == small_mnist
+    assert open_data("mnist", download=False).name == "mnist"
+    with pytest.raises(InputRefused, match=f"mnist is not in {tmp_path / 'empty'}"):
+        open_data("mnist", root=tmp_path / "empty", download=False)
+    monkeypatch.delenv("MEMOPT_DATA_ROOT")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert default_root() == Path("/home/someone/.cache/memopt/data")
+
+
+def test_data_of_the_user_comes_from_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mydata", sys.modules[__name__])
+    assert open_data("mydata:own_data").name == "own"
+    with pytest.raises(UsageError, match=r"'mydata:own_number' returned a int, not a memopt_models\.data\.DataSet"):
+        open_data("mydata:own_number")
+
+
+def test_class_folders_are_data(tmp_path: Path) -> None:
+    for name, value in (("cat", 10), ("dog", 200)):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            np.save(tmp_path / name / f"{i}.npy", np.full((4, 6), value, np.uint8))
+    assert open_data(f"images:{tmp_path}").input_spec.shape == ("batch", 1, 4, 6)
+    assert open_data(f"images:{tmp_path}@8x10").input_spec.shape == ("batch", 1, 8, 10)
+    with pytest.raises(UsageError, match=r"asks for pictures of 0x10; hint: images:.*@224x224"):
+        open_data(f"images:{tmp_path}@0x10")
+    with pytest.raises(UsageError, match="data 'images:' names no folder; hint: images:DIR"):
+        open_data("images:")
+
+
+def test_unknown_data_is_refused_with_the_list() -> None:
+    with pytest.raises(UsageError) as raised:
+        open_data("minst")
+    assert str(raised.value) == (
+        "data 'minst' is not known; hint: digits, mnist, fashion-mnist, cifar10, images:DIR or pkg.mod:function"
+    )
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_samples_are_the_prepared_pictures_of_the_split(split: str, digits: DataSet) -> None:
+    samples = open_samples("digits", split=split, inputs=(INPUT,))
+    chosen = digits.splits[split]
+    np.testing.assert_array_equal(samples.feeds["input"], prepare(chosen.images, digits.preprocess))
+    np.testing.assert_array_equal(samples.labels, chosen.labels)
+    assert (len(samples), samples.source) == (len(chosen), f"digits/{split}")
+
+
+def test_samples_follow_the_steps_and_the_name_of_the_model(digits: DataSet) -> None:
+    steps = [*digits.preprocess[:1], {"op": "resize", "size": [8, 8]}, *digits.preprocess[2:]]
+    spec = TensorSpec("x", "float32", (1, 1, 8, 8))  # a model of batch 1 runs sample by sample
+    samples = open_samples("digits", split="test", inputs=(spec,), preprocess=steps)
+    assert samples.feeds["x"].shape == (359, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            (TensorSpec("input", "float32", ("batch", 3, 32, 32)),),
+            "input 'input' expects shape (batch, 3, 32, 32), got (359, 1, 28, 28)",
+        ),
+        ((TensorSpec("input", "float16", ("batch", 1, 28, 28)),), "input 'input' expects float16, got float32"),
+        ((INPUT, TensorSpec("mask", "bool", ("batch",))), "inputs are ['input'], the model expects ['input', 'mask']"),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused(inputs: tuple[TensorSpec, ...], message: str) -> None:
+    with pytest.raises(InputRefused) as raised:
+        open_samples("digits", split="test", inputs=inputs)
+    assert message in str(raised.value)
+
+
+def test_unknown_split_is_refused() -> None:
+    with pytest.raises(UsageError, match="split 'val' is not known; hint: train, validation, test"):
+        open_samples("digits", split="val", inputs=(INPUT,))
+
+
+def test_npz_gives_arrays_and_labels(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    x = np.ones((3, 1, 28, 28), np.float32)
+    np.savez(path, input=x, labels=np.array([1, 2, 3], np.int32))
+    samples = open_samples(str(path), split="anything", inputs=(INPUT,))
+    assert samples.source == "x.npz"
+    assert samples.labels is not None
+    assert samples.labels.dtype == np.int64
+    np.savez(path, input=x)
+    assert open_samples(str(path), split="", inputs=(INPUT,)).labels is None
+    named = TensorSpec("labels", "float32", (1, 1, 28, 28))
+    np.savez(path, labels=x)
+    assert list(open_samples(str(path), split="", inputs=(named,)).feeds) == ["labels"]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"inputs": np.zeros((1, 1, 28, 28), np.float32)}, "inputs are ['inputs'], the model expects ['input']"),
+        ({"input": np.zeros((1, 28, 28), np.float32)}, "expects shape (batch, 1, 28, 28), got (1, 28, 28)"),
+        ({"input": np.zeros((1, 1, 28, 28))}, "expects float32, got float64"),
+        (
+            {"input": np.zeros((2, 1, 28, 28), np.float32), "labels": np.zeros(3, int)},
+            "has different numbers of samples, or none: {'input': 2, 'labels': 3}",
+        ),
+        ({"input": np.zeros((0, 1, 28, 28), np.float32)}, "has different numbers of samples, or none: {'input': 0}"),
+        (
+            {"input": np.zeros((2, 1, 28, 28), np.float32), "labels": np.zeros(2)},
+            "has labels float64 (2,); hint: integers, (samples,)",
+        ),
+        ({"input": np.array([None], object)}, "cannot be read as .npz: Object arrays cannot be loaded"),
+    ],
+)
+def test_npz_that_does_not_fit_is_refused(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(InputRefused) as raised:
+        open_samples(str(tmp_path / "x.npz"), split="test", inputs=(INPUT,))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no archive", b"PK\x03\x04 half an archive"])
+def test_npz_that_is_none_is_refused(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputRefused, match=r"x\.npz cannot be read as \.npz"):
+        open_samples(str(path), split="test", inputs=(INPUT,))
+
+
+@given(st.integers(1, 10), st.integers(0, 99))
+def test_taken_samples_are_distinct_and_in_order(n: int, seed: int) -> None:
+    taken = SAMPLES.take(n, seed=seed)
+    assert len(taken) == n
+    assert taken.labels is not None
+    assert (np.diff(taken.labels) > 0).all()
+    np.testing.assert_array_equal(taken.feeds["y"], taken.labels)
+    np.testing.assert_array_equal(taken.feeds["x"][:, 0], taken.labels * 2)
+    assert taken.fingerprint == SAMPLES.take(n, seed=seed).fingerprint
+
+
+@pytest.mark.parametrize("n", [0, 11])
+def test_more_samples_than_there_are_cannot_be_taken(n: int) -> None:
+    with pytest.raises(InputRefused, match=f"{n} samples asked for, ten has 10; hint: --samples 10"):
+        SAMPLES.take(n, seed=0)
+
+
+@given(st.integers(1, 12))
+def test_batches_are_the_samples_in_order_without_a_copy(size: int) -> None:
+    batches = list(SAMPLES.batches(size))
+    np.testing.assert_array_equal(np.concatenate([batch["x"] for batch in batches]), SAMPLES.feeds["x"])
+    assert all(len(batch["x"]) == size for batch in batches[:-1])
+    assert np.shares_memory(batches[0]["x"], SAMPLES.feeds["x"])
+
+
+def test_fingerprint_sees_inputs_and_labels() -> None:
+    other_labels = Samples(SAMPLES.feeds, np.zeros(10, np.int64), "ten")
+    no_labels = Samples(SAMPLES.feeds, None, "ten")
+    other_inputs = Samples({**SAMPLES.feeds, "y": np.zeros(10, int)}, SAMPLES.labels, "ten")
+    assert len({each.fingerprint for each in (SAMPLES, other_labels, no_labels, other_inputs)}) == 4
+    assert Samples(SAMPLES.feeds, SAMPLES.labels, "elsewhere").fingerprint == SAMPLES.fingerprint
