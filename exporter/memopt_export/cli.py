@@ -458,7 +458,8 @@ def _tell(arguments: Sequence[str], problem: str, hint: str | None, code: int) -
     if "--json" in arguments and code not in (AnswerIsNo.exit_code, 0):
         from memopt.strict_json import to_json
 
-        click.echo(to_json({"error": {"problem": problem, "hint": hint, "exit_code": code}}))
+        error = {"problem": problem, "exit_code": code} | ({"hint": hint} if hint else {})
+        click.echo(to_json({"error": error}))
     return code
 
 

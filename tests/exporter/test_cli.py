@@ -1,0 +1,255 @@
+"""The command line as a user types it: what it answers, on which stream, with which exit code."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memopt_export import cli
+from memopt_export.graph import Graph, save_graph
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def type_(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Types a command in this process and returns the answer."""
+
+    def run(*words: object) -> Answer:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return Answer(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_graph: Graph, tiny_bundle: Path) -> Path:
+    """A folder with a model, its data, a bundle, and things that are none."""
+    path = tmp_path_factory.mktemp("cli")
+    save_graph(tiny_graph, path / "tiny.onnx")
+    rng = np.random.default_rng(0)
+    np.savez(path / "data.npz", input=rng.normal(size=(40, 1, 8, 8)).astype(np.float32), labels=rng.integers(0, 3, 40))
+    (path / "tiny.mopt").write_bytes(tiny_bundle.read_bytes())
+    (path / "empty.onnx").write_bytes(b"")
+    (path / "page.onnx").write_bytes(b"<html>not found</html>")
+    (path / "lfs.onnx").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (path / "cut.onnx").write_bytes((path / "tiny.onnx").read_bytes()[:1000])
+    (path / "cut.mopt").write_bytes(tiny_bundle.read_bytes()[:-100])
+    (path / "other.txt").write_text("text")
+    (path / "bad\x1b[31m.onnx").write_bytes(b"x")
+    return path
+
+
+COMMANDS = (
+    "compare", "distill", "doctor", "engine", "export", "inspect", "pack", "pipeline", "plan", "prune", "quantize",
+    "run", "train", "verify",
+)  # fmt: skip
+
+
+def test_every_command_is_there_and_helps(type_: Callable[..., Answer]) -> None:
+    listed = re.findall(r"^  (\w+)  ", type_("--help").out, re.MULTILINE)
+    assert tuple(listed) == COMMANDS
+    for command in COMMANDS:
+        answer = type_(command, "--help")
+        assert answer.code == 0
+        assert "--json" in answer.out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; sys.argv = ['memopt-export', 'quantize', '--help']\n"
+        "from memopt_export.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'onnx', 'onnxruntime', 'numpy', 'rich', 'sklearn') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+REFUSED = [
+    (("inspect", "none.onnx"), 3, "none.onnx does not exist"),
+    (("inspect", "empty.onnx"), 3, "empty.onnx is not a valid ONNX model"),
+    (("inspect", "page.onnx"), 3, "page.onnx is not a valid ONNX model"),
+    (("inspect", "cut.onnx"), 3, "cut.onnx is not a valid ONNX model"),
+    (("inspect", "lfs.onnx"), 3, "lfs.onnx is not a valid ONNX model"),
+    (("inspect", "other.txt"), 3, "other.txt cannot be inspected; hint: one of *.onnx"),
+    (("inspect", "."), 3, "is a folder without memopt.json"),
+    (("inspect", "cut.mopt"), 4, "cut.mopt: not a bundle, or its end is missing"),
+    (("verify", "tiny.onnx"), 3, "tiny.onnx is not a memopt bundle"),
+    (("verify", "cut.mopt"), 4, "cut.mopt"),
+    (("plan", "page.onnx"), 3, "not a valid ONNX model"),
+    (("plan", "tiny.onnx", "--batch", "0"), 2, "'0' is no list of batches"),
+    (("plan", "tiny.onnx", "--budget", "12QB"), 2, "'12QB' is not a size"),
+    (("plan", "tiny.onnx", "--budget", "1KiB"), 1, "tiny.onnx does not fit into the budget"),
+    (("plan", "tiny.onnx", "--bathc", "1"), 2, "No such option '--bathc'"),
+    (("plna",), 2, "No such command 'plna'"),
+    (("plan",), 2, "Missing argument 'MODEL'"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx"), 2, "--data SPEC"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--data", "imagenot"), 2, "'imagenot' is not known"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--data", "digits"), 3, "(batch, 1, 8, 8)"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--precision", "int3"), 2, "precision 'int3' is not known"),
+    (("quantize", "tiny.onnx", "-o", "tiny.onnx", "--data", "data.npz"), 2, "tiny.onnx exists; hint: --force"),
+    (("engine", "tiny.onnx", "-o", "e.engine", "--target", "sm99"), 2, "sm99"),
+    (("engine", "tiny.onnx", "-o", "e.engine", "--target", "sm75"), 1, "no target can take"),
+    (("engine", "tiny.onnx", "-o", "e.engine", "--batch", "1,2"), 2, "--batch 1,2 is no profile"),
+    (("pack", "other.txt", "-o", "x.mopt"), 2, "other.txt cannot be packed"),
+    (("pack", "page.onnx", "-o", "x.mopt"), 3, "not a valid ONNX model"),
+    (("run", "tiny.mopt", "other.txt"), 3, "other.txt"),
+    (("run", "tiny.mopt", "none.png"), 3, "none.png cannot be read"),
+    (("run", "tiny.mopt", "none.png", "--device", "npu"), 2, "device 'npu' is not known"),
+    (("run", "tiny.mopt", "none.png", "--device", "tensorrt"), 5, "nothing that runs on tensorrt"),
+    (("run", "tiny.mopt", "none.png", "--memory-limit", "1MiB"), 6, "nothing fits into 1.00 MiB"),
+    (("compare", "tiny.onnx", "--runtimes", "tvm", "--data", "data.npz"), 2, "runtime 'tvm' is not known"),
+    (("compare", "tiny.onnx", "--data", "none.npz"), 3, "none.npz"),
+    (("export", "none.safetensors", "-o", "x.onnx"), 3, "none.safetensors"),
+    (("export", "other.txt", "-o", "x.onnx"), 3, "other.txt"),
+    (("export", "no.such:module", "--data", "digits", "-o", "x.onnx"), 2, "no.such"),
+    (("train", "--network", "simple_cmn", "-o", "x.safetensors"), 2, "simple_cnn"),
+    (("train", "--epochs", "0", "-o", "x.safetensors"), 2, "epochs is 0"),
+    (("train", "--setting", "width", "-o", "x.safetensors"), 2, "--setting 'width' is not NAME=VALUE"),
+    (("prune", "none.safetensors", "--ratio", "1.5", "-o", "x.safetensors"), 2, "ratio is 1.5"),
+    (("pipeline", "nope"), 3, "recipe 'nope' is no file"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "said"), REFUSED, ids=[" ".join(words) for words, _, _ in REFUSED])
+def test_a_bad_request_gets_one_line_and_its_exit_code_and_leaves_nothing(
+    type_: Callable[..., Answer], folder: Path, monkeypatch: pytest.MonkeyPatch,
+    words: Sequence[str], code: int, said: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(folder)
+    before = sorted(path.name for path in folder.iterdir())
+    answer = type_(*words)
+    lines = [line for line in answer.err.splitlines() if line.startswith("memopt-export: error:")]
+    assert answer.code == code
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert "Traceback" not in answer.err
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_control_characters_of_a_file_name_do_not_reach_the_terminal(
+    type_: Callable[..., Answer], folder: Path
+) -> None:
+    answer = type_("inspect", folder / "bad\x1b[31m.onnx")
+    assert answer.code == 3
+    assert "\x1b" not in answer.err
+    assert "\\x1b[31m.onnx" in answer.err
+
+
+def test_an_error_with_json_is_a_document_too(type_: Callable[..., Answer]) -> None:
+    answer = type_("inspect", "none.onnx", "--json")
+    assert json.loads(answer.out) == {"error": {"exit_code": 3, "problem": "none.onnx does not exist"}}
+
+
+def test_a_bug_keeps_its_traceback(type_: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("by hand")
+
+    monkeypatch.setattr("memopt_export.commands.doctor", fail)
+    answer = type_("doctor")
+    assert answer.code == 70
+    assert "Traceback" in answer.err
+    assert "this is a bug of memopt" in answer.err
+
+
+def test_the_way_of_one_model(type_: Callable[..., Answer], folder: Path, tmp_path: Path) -> None:
+    """quantize, engine, pack, inspect, verify, run, compare: each with --json, each on what the last one made."""
+    data, model = ("--data", folder / "data.npz"), tmp_path / "tiny.onnx"
+    model.write_bytes((folder / "tiny.onnx").read_bytes())
+
+    def document(*words: object) -> dict:
+        answer = type_(*words, "--json")
+        assert answer.code == 0, answer.err
+        return json.loads(answer.out)
+
+    quantized = document("quantize", model, *data, "--samples", 32, "-o", tmp_path / "int8.onnx")
+    assert quantized["size_bytes"] < quantized["before_bytes"]
+    assert quantized["fused"][0] == quantized["fused"][1]
+    assert quantized["sqnr_db"] > 15
+    half = document("quantize", model, "--precision", "fp16", "-o", tmp_path / "fp16.onnx")
+    assert half["precision"] == "fp16"
+    built = document("engine", tmp_path / "fp16.onnx", "--target", "sm86,sm75", "-o", tmp_path / "fp16.engine")
+    assert built["info"]["targets"] == ["sm86", "sm75"]
+    planned = document("plan", model, "--batch", "1,8", "--budget", "4MiB")
+    assert planned["plans"][1]["activation_bytes"] == 8 * planned["plans"][0]["activation_bytes"]
+    assert planned["largest_batch"] >= 8
+    parts = (model, tmp_path / "int8.onnx", tmp_path / "fp16.onnx", tmp_path / "fp16.engine")
+    packed = document("pack", *parts[:3], "--name", "tiny", *data, "-o", tmp_path / "tiny.mopt")
+    assert packed["variants"] == ["tiny", "int8", "fp16"]
+    assert document("inspect", tmp_path / "tiny.mopt")["kind"] == "memopt bundle"
+    verified = document("verify", tmp_path / "tiny.mopt", "--run")
+    assert len(verified["replays"]) == 3
+    words = ("compare", tmp_path / "tiny.mopt", *data, "--batch", 2, "--runtimes", "onnxruntime", "--devices", "cpu")
+    compared = document(*words)
+    assert [row["name"] for row in compared["rows"]] == ["tiny", "int8", "fp16"]
+    assert all(row["private_bytes"] and row["p50_ms"] for row in compared["rows"])
+
+
+def test_pictures_are_classified(type_: Callable[..., Answer], folder: Path, picture: Path) -> None:
+    answer = type_("run", folder / "tiny.mopt", picture, "--device", "cpu")
+    assert answer.code == 0
+    assert re.match(rf"{re.escape(str(picture))}  (zero|one|two) \d+\.\d%", answer.out)
+    assert "on onnxruntime cpu" in answer.err
+
+
+def test_verification_that_differs_exits_with_one(
+    type_: Callable[..., Answer], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memopt.bundle import Bundle
+
+    golden = Bundle.golden_outputs
+    monkeypatch.setattr(Bundle, "golden_outputs", lambda self, name: [array + 1 for array in golden(self, name)])
+    answer = type_("verify", folder / "tiny.mopt", "--run")
+    assert answer.code == 1
+    assert "outputs differ" in answer.out
+    assert "gives other outputs here" in answer.err
+
+
+def test_doctor_says_what_works_and_why_another_does_not(type_: Callable[..., Answer]) -> None:
+    found = json.loads(type_("doctor", "--json").out)
+    assert found["runtimes"]["onnxruntime"].get("cpu") is None
+    for devices in found["runtimes"].values():
+        assert all(reason is None or len(reason) > 10 for reason in devices.values())
+    assert "works" in type_("doctor").out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_it_with_its_code_and_leaves_no_half_file(tmp_path: Path, number: int, code: int) -> None:
+    words = ["train", "--epochs", "1000", "-o", str(tmp_path / "x.safetensors")]
+    command = [sys.executable, "-m", "memopt_export.cli", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        next(line for line in child.stderr if "epoch 1/" in line)
+        child.send_signal(number)
+        started = time.monotonic()
+        rest = child.stderr.read()
+    assert child.returncode == code
+    assert time.monotonic() - started < 10
+    assert "memopt-export: error: " in rest
+    assert "Traceback" not in rest
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(folder: Path) -> None:
+    command = f"{sys.executable} -m memopt_export.cli inspect {folder / 'tiny.onnx'} --json | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
