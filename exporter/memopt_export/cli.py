@@ -28,6 +28,7 @@ _data_root = click.option(
     help="Where data sets lie; default $MEMOPT_DATA_ROOT.",
 )
 _seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything random.")
+_factory = click.option("--network", metavar="PKG.MOD:FACTORY", help="Allow the checkpoint's own code to be imported.")
 _output = click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write.")
 _DATA = "digits, mnist, fashion-mnist, cifar10, images:DIR, FILE.npz or pkg.mod:function."
 _training_data = click.option("--data", default="digits", show_default=True, help=_DATA)
@@ -41,6 +42,7 @@ def _training(command: _Command) -> _Command:
         click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="The highest one."),
         click.option("--schedule", default="constant", show_default=True, help="constant or onecycle."),
         click.option("--shift", type=int, default=0, show_default=True, help="Pixels by which pictures are moved."),
+        click.option("--threads", type=int, default=0, show_default=True, help="Of torch; 0 lets torch choose."),
         _seed,
     ):
         command = option(command)
@@ -118,6 +120,7 @@ def train(
 
 @cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
+@_factory
 @click.option("--ratio", type=float, default=0.5, show_default=True, help="Share of the channels that goes.")
 @click.option("--method", default="l2", show_default=True, help="l1 or l2: the norm by which channels are ranked.")
 @click.option("--round-to", type=int, default=1, show_default=True, help="Channel numbers become multiples of this.")
@@ -128,8 +131,8 @@ def train(
 @_force
 @_json
 def prune(
-    checkpoint: Path, ratio: float, method: str, round_to: int, data: str, output: Path, data_root: Path | None,
-    force: bool, as_json: bool, **how: Any,
+    checkpoint: Path, network: str | None, ratio: float, method: str, round_to: int, data: str, output: Path,
+    data_root: Path | None, force: bool, as_json: bool, **how: Any,
 ) -> None:  # fmt: skip
     """Take channels out of CHECKPOINT, so that its tensors shrink, and fine-tune it (--epochs 0: not)."""
     from memopt_export import commands, console
@@ -140,13 +143,14 @@ def prune(
     settings = PruneSettings(ratio=ratio, method=method, round_to=round_to, finetune=finetune)
     with console.training() as on_step:
         saved = commands.prune(
-            checkpoint, data, settings, output, data_root=data_root, force=force, on_step=on_step
+            checkpoint, data, settings, output, network=network, data_root=data_root, force=force, on_step=on_step
         )  # fmt: skip
     console.show(saved, as_json=as_json)
 
 
 @cli.command()
 @click.option("--teacher", type=click.Path(path_type=Path), required=True, help="Checkpoint that teaches.")
+@_factory
 @click.option("--student", default="ds_cnn", show_default=True, help="A network's name, or a checkpoint to go on from.")
 @click.option("--setting", "settings", multiple=True, metavar="NAME=VALUE", help="Of the student's network.")
 @click.option(
@@ -160,8 +164,8 @@ def prune(
 @_force
 @_json
 def distill(
-    teacher: Path, student: str, settings: Sequence[str], temperature: float, alpha: float, data: str, output: Path,
-    data_root: Path | None, force: bool, as_json: bool, **how: Any,
+    teacher: Path, network: str | None, student: str, settings: Sequence[str], temperature: float, alpha: float,
+    data: str, output: Path, data_root: Path | None, force: bool, as_json: bool, **how: Any,
 ) -> None:  # fmt: skip
     """Train a small student from a teacher; the better of with and without the teacher is kept."""
     from memopt_export import commands, console
@@ -172,13 +176,14 @@ def distill(
     with console.training() as on_step:
         saved = commands.distill(
             teacher, student, _settings(settings), data, asked, output,
-            data_root=data_root, force=force, on_step=on_step,
+            network=network, data_root=data_root, force=force, on_step=on_step,
         )  # fmt: skip
     console.show(saved, as_json=as_json)
 
 
 @cli.command()
 @click.argument("checkpoint")
+@_factory
 @click.option("--data", help=f"Samples that prove parity; default: what it was trained on. {_DATA}")
 @click.option("--samples", type=click.IntRange(min=2), default=64, show_default=True, help="How many prove parity.")
 @click.option("--program", type=click.Path(path_type=Path), help="Also write torch's exported program, OUT.pt2.")
@@ -187,14 +192,15 @@ def distill(
 @_force
 @_json
 def export(
-    checkpoint: str, data: str | None, samples: int, program: Path | None, output: Path, data_root: Path | None,
-    force: bool, as_json: bool,
+    checkpoint: str, network: str | None, data: str | None, samples: int, program: Path | None, output: Path,
+    data_root: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Bring CHECKPOINT, or the module that pkg.mod:factory makes, to ONNX, and prove parity with torch."""
     from memopt_export import commands, console
 
     saved = commands.export(
-        checkpoint, data, output, samples=samples, program=program, data_root=data_root, force=force
+        checkpoint, data, output,
+        network=network, samples=samples, program=program, data_root=data_root, force=force,
     )  # fmt: skip
     console.show(saved, as_json=as_json)
 
@@ -489,7 +495,3 @@ def _profile(batch: Sequence[int]) -> tuple[int, int, int]:
 
 def _names(text: str | None) -> list[str]:
     return [name.strip() for name in text.split(",")] if text else []
-
-
-if __name__ == "__main__":
-    main()

@@ -172,13 +172,13 @@ def train(
     from memopt_models.data import open_data
 
     refuse_to_overwrite(output, force=force)
-    begin = load_checkpoint(start) if start is not None else None
+    begin = load_checkpoint(start, network=network) if start is not None else None
     made = training.train(network, settings, open_data(data, root=data_root), how, start=begin, on_step=on_step)
     return _save_checkpoint(made, output, force)
 
 
 def prune(
-    checkpoint: Path, data: str, how: PruneSettings, output: Path, *,
+    checkpoint: Path, data: str, how: PruneSettings, output: Path, *, network: str | None = None,
     data_root: Path | None = None, force: bool = False, on_step: OnStep | None = None,
 ) -> SavedCheckpoint:  # fmt: skip
     """A pruned and fine-tuned checkpoint."""
@@ -187,30 +187,34 @@ def prune(
     from memopt_models.data import open_data
 
     refuse_to_overwrite(output, force=force)
-    made = pruning.prune(load_checkpoint(checkpoint), open_data(data, root=data_root), how, on_step=on_step)
+    begin = load_checkpoint(checkpoint, network=network)
+    made = pruning.prune(begin, open_data(data, root=data_root), how, on_step=on_step)
     return _save_checkpoint(made, output, force)
 
 
 def distill(
     teacher: Path, student: str, settings: Mapping[str, Any], data: str, how: DistillSettings, output: Path, *,
-    data_root: Path | None = None, force: bool = False, on_step: OnStep | None = None,
+    network: str | None = None, data_root: Path | None = None, force: bool = False, on_step: OnStep | None = None,
 ) -> SavedCheckpoint:  # fmt: skip
-    """A distilled checkpoint. The student is a network's name, or a checkpoint to go on from."""
+    """A distilled checkpoint. The student is a network's name, or a checkpoint to go on from.
+
+    `network` allows a teacher or student whose network is the user's own code.
+    """
     from memopt_models import distill as distilling
     from memopt_models.checkpoint import load_checkpoint
     from memopt_models.data import open_data
 
     refuse_to_overwrite(output, force=force)
-    start = load_checkpoint(Path(student)) if student.endswith(".safetensors") else None
-    network = start.network if start is not None else student
-    opened = open_data(data, root=data_root)
-    made = distilling.distill(load_checkpoint(teacher), network, settings, opened, how, start=start, on_step=on_step)
+    start = load_checkpoint(Path(student), network=network) if student.endswith(".safetensors") else None
+    name = start.network if start is not None else student
+    opened, teaching = open_data(data, root=data_root), load_checkpoint(teacher, network=network)
+    made = distilling.distill(teaching, name, settings, opened, how, start=start, on_step=on_step)
     return _save_checkpoint(made, output, force)
 
 
 def export(
-    source: str, data: str | None, output: Path, *, samples: int = 64, program: Path | None = None,
-    data_root: Path | None = None, force: bool = False,
+    source: str, data: str | None, output: Path, *, network: str | None = None, samples: int = 64,
+    program: Path | None = None, data_root: Path | None = None, force: bool = False,
 ) -> SavedGraph:  # fmt: skip
     """A checkpoint, or the module that `pkg.mod:factory` makes, as ONNX."""
     from memopt_export import from_torch
@@ -219,7 +223,7 @@ def export(
 
     for path in filter(None, (output, program)):
         refuse_to_overwrite(path, force=force)
-    checkpoint = _checkpoint_of(source, data, data_root)
+    checkpoint = _checkpoint_of(source, network, data, data_root)
     spec = data or _data_of(checkpoint)
     found = open_samples(spec, split="validation", inputs=checkpoint.inputs, root=data_root)
     inputs = found.feeds[checkpoint.inputs[0].name][:samples]
@@ -291,7 +295,7 @@ def engine(
 
 
 def plan(model: Path, batches: Sequence[int], budget_bytes: int | None) -> Plans:
-    """The static memory plan, and the largest batch whose weights and activations fit into the budget."""
+    """The static memory plan, and the largest batch whose weights, inputs and activations fit into the budget."""
     from memopt_export import plan as planning
     from memopt_export.graph import load_graph
 
@@ -409,12 +413,12 @@ def _save_checkpoint(checkpoint: Checkpoint, output: Path, force: bool) -> Saved
     )  # fmt: skip
 
 
-def _checkpoint_of(source: str, data: str | None, data_root: Path | None) -> Checkpoint:
+def _checkpoint_of(source: str, network: str | None, data: str | None, data_root: Path | None) -> Checkpoint:
     """The checkpoint in a file, or the untrained one of a user's factory with inputs and classes of the data."""
     from memopt_models.checkpoint import load_checkpoint
 
     if source.endswith(".safetensors") or ":" not in source:
-        return load_checkpoint(Path(source))
+        return load_checkpoint(Path(source), network=network)
     from memopt_models.data import open_data
     from memopt_models.train import TrainSettings, begin
 

@@ -63,6 +63,11 @@ class Line:
         """The data set, opened once."""
         return open_data(self.job.data, root=self.data_root)
 
+    def network_of(self, name: str) -> str:
+        """The network that the recipe names for "dense", "pruned" or "student"."""
+        student = self.job.distill if name == "student" else None
+        return student.network if student is not None else self.job.train.network
+
     def samples(self, split: str) -> Samples:
         """A split as the model's inputs."""
         return open_samples(self.job.data, split=split, inputs=(self.data.input_spec,), root=self.data_root)
@@ -156,7 +161,7 @@ def prune_dense(line: Line, dense: Outcome) -> Outcome:
     def make(folder: Path) -> None:
         from memopt_models.prune import prune
 
-        _save(prune(_load(dense), line.data, asked, on_step=line.on_progress), folder)
+        _save(prune(_load(dense, line.job.train.network), line.data, asked, on_step=line.on_progress), folder)
 
     return line.stages.run("prune", {"job": asked, "dense": dense.sha256, "data": line.data.fingerprint}, make)
 
@@ -169,7 +174,14 @@ def distill_student(line: Line, dense: Outcome) -> Outcome:
     def make(folder: Path) -> None:
         from memopt_models.distill import distill
 
-        student = distill(_load(dense), asked.network, asked.settings, line.data, asked.how, on_step=line.on_progress)
+        student = distill(
+            _load(dense, line.job.train.network),
+            asked.network,
+            asked.settings,
+            line.data,
+            asked.how,
+            on_step=line.on_progress,
+        )
         _save(student, folder)
 
     return line.stages.run("distill", {"job": asked, "dense": dense.sha256, "data": line.data.fingerprint}, make)
@@ -182,7 +194,9 @@ def export_network(line: Line, name: str, checkpoint: Outcome) -> Outcome:
         from memopt_export.from_torch import export
 
         samples = line.samples("validation")
-        exported = export(_load(checkpoint), samples.feeds[line.data.input_spec.name][:PARITY_SAMPLES])
+        exported = export(
+            _load(checkpoint, line.network_of(name)), samples.feeds[line.data.input_spec.name][:PARITY_SAMPLES]
+        )
         save_graph(exported.graph, folder / MODEL)
         (folder / PROGRAM).write_bytes(exported.program)
         _write_note(folder, {"parity": to_plain(exported.parity)})
@@ -269,11 +283,13 @@ def compare_bundle(line: Line, bundle: Path, programs: Mapping[str, Path]) -> Re
     asked = line.job.compare
 
     def make(folder: Path) -> None:
-        found = subjects([bundle])
-        for network, path in programs.items():
-            found += [replace(subject, name=f"{network}-fp32") for subject in subjects([path])]
+        torch_first = [
+            replace(subject, name=f"{network}-fp32")
+            for network, path in programs.items()
+            for subject in subjects([path])
+        ]
         samples = line.samples("test")
-        todo = cells(found, batches=asked.batches, runtimes=asked.runtimes or None)
+        todo = cells([*torch_first, *subjects([bundle])], batches=asked.batches, runtimes=asked.runtimes or None)
         report = compare(
             todo, samples.feeds, samples.labels,
             reference="dense-fp32", source=samples.source, machine=machine.describe(), on_row=None,
@@ -387,7 +403,7 @@ def _lineage(
     seen: set[str] = set()
     weights = {}
     for name, outcome in checkpoints.items():
-        checkpoint = _load(outcome)
+        checkpoint = _load(outcome, line.network_of(name))
         weights[name] = checkpoint.sha256
         for stage in checkpoint.lineage:
             if stage.output_sha256 not in seen:
@@ -406,10 +422,10 @@ def _graph(outcome: Outcome) -> Graph:
     return load_graph(outcome.folder / MODEL)
 
 
-def _load(outcome: Outcome) -> Checkpoint:
+def _load(outcome: Outcome, network: str) -> Checkpoint:
     from memopt_models.checkpoint import load_checkpoint
 
-    return load_checkpoint(outcome.folder / CHECKPOINT)
+    return load_checkpoint(outcome.folder / CHECKPOINT, network=network)
 
 
 def _save(checkpoint: Checkpoint, folder: Path) -> None:

@@ -235,7 +235,7 @@ def test_doctor_says_what_works_and_why_another_does_not(type_: Callable[..., An
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_it_with_its_code_and_leaves_no_half_file(tmp_path: Path, number: int, code: int) -> None:
     words = ["train", "--epochs", "1000", "-o", str(tmp_path / "x.safetensors")]
-    command = [sys.executable, "-m", "memopt_export.cli", *words]
+    command = [sys.executable, "-m", "memopt_export", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
         assert child.stderr is not None
         next(line for line in child.stderr if "epoch 1/" in line)
@@ -250,6 +250,6 @@ def test_a_signal_stops_it_with_its_code_and_leaves_no_half_file(tmp_path: Path,
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(folder: Path) -> None:
-    command = f"{sys.executable} -m memopt_export.cli inspect {folder / 'tiny.onnx'} --json | head -c 1"
+    command = f"{sys.executable} -m memopt_export inspect {folder / 'tiny.onnx'} --json | head -c 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""

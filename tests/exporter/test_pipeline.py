@@ -64,7 +64,7 @@ class Ran:
 
 
 def run(folder: Path) -> Ran:
-    command = [sys.executable, "-m", "memopt_export.cli", "pipeline", "job.toml"]
+    command = [sys.executable, "-m", "memopt_export", "pipeline", "job.toml"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return Ran(folder, done.stdout, done.stderr)
