@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.memopt-setup
 SOURCES := runtimes models exporter
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test check lint types pytest fix bench gpu clean
+.PHONY: help setup export test check lint types pytest fix gpu clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -40,6 +40,9 @@ pytest: $(STAMP)
 fix: $(STAMP) ## repair what ruff can repair
 	$(BIN)/ruff check --fix $(SOURCES) tests
 	$(BIN)/ruff format $(SOURCES) tests
+
+gpu: $(STAMP) ## the tests that need an NVIDIA GPU; without one they skip with the reason
+	$(BIN)/pytest -m gpu -rs
 
 clean: ## remove what export and test made; the .venv stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache

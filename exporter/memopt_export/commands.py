@@ -454,7 +454,7 @@ def _parts(paths: Sequence[Path]) -> list[packing.OnnxPart | packing.EnginePart]
     """The parts of a bundle: graphs first, then the engines built from them, found by digest."""
     from memopt.artifact import open_artifact
     from memopt_export.graph import load_graph
-    from memopt_export.pack import EnginePart, OnnxPart
+    from memopt_export.pack import EnginePart, OnnxPart, engine_id
 
     parts: list[OnnxPart | EnginePart] = []
     for path in paths:
@@ -470,7 +470,8 @@ def _parts(paths: Sequence[Path]) -> list[packing.OnnxPart | packing.EnginePart]
         if source is None:
             raise UsageError(f"{path} was built from a graph that is not packed with it", hint="name its .onnx as well")
         precision, data = source.graph.precision, bytes(artifact.data)
-        parts.append(EnginePart(path.stem, source.network, precision, data, artifact.engine, source.id))
+        name = engine_id(path.stem, artifact.engine.flavor)
+        parts.append(EnginePart(name, source.network, precision, data, artifact.engine, source.id))
     return parts
 
 

@@ -24,6 +24,7 @@ from memopt_export.graph import Graph
 from memopt_export.plan import plan
 
 WEIGHTS = "weights.data"
+ENGINE_SUFFIX = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
 # By how much of the largest output another machine may differ: rounding, and for int8 a few steps of the last layers.
 # An engine is held to fp16's at best, because TensorRT multiplies float32 in TF32 where it can.
 _GOLDEN_TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
@@ -54,6 +55,15 @@ class EnginePart:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+def engine_id(source: str, flavor: str) -> str:
+    """What the engine built from the variant `source` is called.
+
+    >>> engine_id("dense-fp16", "tensorrt-rtx")
+    'dense-fp16-rtx'
+    """
+    return f"{source}-{ENGINE_SUFFIX[flavor]}"
+
+
 @dataclass(frozen=True)
 class Contents:
     """All that a bundle holds."""
@@ -75,6 +85,8 @@ class Contents:
             if (part.graph.inputs, part.graph.outputs) != (first.inputs, first.outputs):
                 raise InputRefused(f"{part.id} has other inputs or outputs than {self.graphs[0].id}")
         for any_part in self.parts:
+            if sum(part.id == any_part.id for part in self.parts) > 1:
+                raise UsageError(f"two variants are called {any_part.id!r}", hint="rename one of the files")
             if not is_safe_name(any_part.id) or "/" in any_part.id:
                 raise UsageError(f"{any_part.id!r} cannot name a variant", hint="letters, digits, . _ and -")
 

@@ -26,7 +26,7 @@ from memopt.strict_json import from_plain, to_json, to_plain
 from memopt.tensors import Array
 from memopt_export.graph import Graph, load_graph, save_graph
 from memopt_export.job import Job
-from memopt_export.pack import Contents, EnginePart, OnnxPart, pack, run_graph
+from memopt_export.pack import Contents, EnginePart, OnnxPart, engine_id, pack, run_graph
 from memopt_export.recipe import Recipe
 from memopt_export.stages import Outcome, Stages, tool_versions
 from memopt_models.data import DataSet, Samples, open_data, open_samples
@@ -39,7 +39,6 @@ MEASURED_BATCHES = (1, 32)  # two points give the line that `fit_batch` reads
 GOLDEN_SAMPLES = 8
 PARITY_SAMPLES = 64
 CALIBRATION_BATCH = 16
-ENGINE_SUFFIX = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
 CHECKPOINT, MODEL, PROGRAM, ENGINE, NOTE = (
     "checkpoint.safetensors",
     "model.onnx",
@@ -221,11 +220,11 @@ def build_engines(line: Line, graphs: list[Built]) -> tuple[list[Built], dict[st
     for graph in graphs if asked is not None else []:
         if asked is None or graph.precision not in asked.precisions:
             continue
-        engine_id = f"{graph.id}-{ENGINE_SUFFIX[asked.how.flavor]}"
-        outcome = _build_engine(line, engine_id, graph)
-        refused |= {f"{engine_id} {target}": why for target, why in _read_note(outcome)["refused"].items()}
+        name = engine_id(graph.id, asked.how.flavor)
+        outcome = _build_engine(line, name, graph)
+        refused |= {f"{name} {target}": why for target, why in _read_note(outcome)["refused"].items()}
         if ENGINE in outcome.files:
-            engines.append(Built(engine_id, graph.network, graph.precision, outcome, graph))
+            engines.append(Built(name, graph.network, graph.precision, outcome, graph))
     return engines, refused
 
 
@@ -332,7 +331,7 @@ def _quantize(line: Line, network: str, exported: Outcome, recipe: Recipe) -> Ou
     return line.stages.run(f"quantize {network}-{recipe.name}", made_from, make)
 
 
-def _build_engine(line: Line, engine_id: str, graph: Built) -> Outcome:
+def _build_engine(line: Line, name: str, graph: Built) -> Outcome:
     """Builds for the targets that can take the graph; what was refused, and why, goes into the note."""
     assert line.job.engine is not None
     how = line.job.engine.how
@@ -348,7 +347,7 @@ def _build_engine(line: Line, engine_id: str, graph: Built) -> Outcome:
                 refused |= dict.fromkeys(accepted, error.problem)
         _write_note(folder, {"refused": refused})
 
-    return line.stages.run(f"engine {engine_id}", {"graph": graph.outcome.files[MODEL], "how": how}, make)
+    return line.stages.run(f"engine {name}", {"graph": graph.outcome.files[MODEL], "how": how}, make)
 
 
 def _outputs(built: Built, samples: Samples) -> Array:
