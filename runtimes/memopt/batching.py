@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from memopt.errors import OutOfResource
-from memopt.manifest import VariantMemory
+from memopt.manifest import Variant
 from memopt.session import Session
 from memopt.sizes import show_size
 from memopt.tensors import Array
@@ -18,7 +18,7 @@ LARGEST_BATCH = 4096
 
 @dataclass(frozen=True)
 class MemoryLine:
-    """Private host memory over the batch: `fixed_bytes + batch * per_sample_bytes`.
+    """Memory over the batch: `fixed_bytes + batch * per_sample_bytes`.
 
     The peak is linear in the batch within a fraction of a percent for the libraries measured, so two measured batches
     give the whole line.
@@ -44,17 +44,33 @@ class BatchFit:
     method: str
 
 
-def memory_line(memory: VariantMemory, *, runtime: str) -> MemoryLine:
-    """The line through the points measured on `runtime` at build; without two, weights and planned activations."""
-    points = sorted((p for p in memory.measured if p.runtime == runtime), key=lambda point: point.batch)
-    planned = memory.activation_bytes or 0
-    if len(points) < 2 or points[0].private_bytes is None or points[-1].private_bytes is None:
-        return MemoryLine(memory.weights_bytes, planned, "planned: weights + activations")
-    low, high = points[0], points[-1]
-    slope = (points[-1].private_bytes - points[0].private_bytes) / (high.batch - low.batch)
-    per_sample = round(slope) if slope > 0 else planned  # a slope within the noise says nothing
-    fixed = max(points[0].private_bytes - low.batch * per_sample, 0)
-    return MemoryLine(fixed, per_sample, f"measured at batch {low.batch} and {high.batch} when the bundle was built")
+def memory_line(variant: Variant, *, runtime: str, device: str) -> MemoryLine:
+    """What the variant needs over the batch: host memory for a graph on the CPU, device memory on a GPU.
+
+    1. An engine: TensorRT's own figures, weights and the activations of each profile at its largest batch.
+    2. A graph measured at two batches on this runtime and device when the bundle was built: the line through both.
+    3. Any other graph: weights and planned activations.
+    """
+    memory, planned = variant.memory, variant.memory.activation_bytes or 0
+    if variant.engine is not None:  # 1
+        profiles = [(p.batches[1], memory.weights_bytes + (p.activation_bytes or 0)) for p in variant.engine.profiles]
+        return _line(profiles, planned=0, method="TensorRT's plan: weights + activations of the profiles")
+    measured = [
+        (point.batch, point.private_bytes)
+        for point in memory.measured
+        if (point.runtime, point.device) == (runtime, device) and point.private_bytes is not None
+    ]
+    if len(measured) > 1:  # 2
+        return _line(measured, planned=planned, method="private memory, measured when the bundle was built")
+    return MemoryLine(memory.weights_bytes, planned, "planned: weights + activations")  # 3
+
+
+def _line(points: Sequence[tuple[int, int]], *, planned: int, method: str) -> MemoryLine:
+    """The line through the smallest and the largest batch; a slope within the noise becomes the planned one."""
+    (low, at_low), (high, at_high) = min(points), max(points)
+    slope = (at_high - at_low) / (high - low) if high > low else 0
+    per_sample = round(slope) if slope > 0 else planned
+    return MemoryLine(max(at_low - low * per_sample, 0), per_sample, method)
 
 
 def largest_batch(line: MemoryLine, limit_bytes: int, *, most: int = LARGEST_BATCH) -> BatchFit:

@@ -72,7 +72,7 @@ def _runnable(bundle: Bundle, device: str, variant: str | None, refused: list[st
             if refusal:
                 refused.append(f"{candidate.id}: {refusal}")
                 continue
-            need = memory_line(candidate.memory, runtime=runtime_name).at(1)
+            need = memory_line(candidate, runtime=runtime_name, device=where).at(1)
             found.append(Choice(candidate, runtime_name, where, need, ()))
     return found
 
@@ -93,7 +93,7 @@ def _least(
     limit = f" within {show_size(memory_limit)}" if memory_limit is not None else ""
     if accurate:
         chosen = min(accurate, key=lambda choice: choice.need_bytes)
-        reason = f"needs least ({show_size(chosen.need_bytes)} private at batch 1) of {len(accurate)} variants{limit}"
+        reason = f"needs least ({show_size(chosen.need_bytes)} at batch 1) of {len(accurate)} variants{limit}"
         reason += f" at most {max_drop:g} pp below the best"
     else:
         chosen = min(fitting, key=lambda choice: (_drop(choice, best), choice.need_bytes))

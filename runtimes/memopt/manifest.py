@@ -62,6 +62,7 @@ class MemoryPoint:
     peak_bytes: int | None
     method: str
     runtime: str
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)

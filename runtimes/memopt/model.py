@@ -44,7 +44,8 @@ def load(
     Args:
         path: a `.mopt` file or a bundle folder.
         device: "auto" (TensorRT, then CUDA, then the CPU), "tensorrt", "cuda" or "cpu". A named device is required.
-        memory_limit: private host memory that the model may hold above the library's own, such as "64MiB".
+        memory_limit: what the model may hold above the library's own, such as "64MiB": private host memory on the
+            CPU, device memory on a GPU.
         variant: the id of the variant to take; None lets memory and accuracy choose (see `memopt.choice.choose`).
         max_drop: percentage points of validation accuracy that a smaller variant may lose against the best one.
         threads: threads within one operator; 0 lets the library choose.
@@ -139,12 +140,12 @@ class Model:
         return [self._best(row, topk) for row in softmax(logits)]
 
     def fit_batch(self, limit: str | int) -> BatchFit:
-        """The largest batch whose private memory stays within `limit`; from now on larger inputs are split.
+        """The largest batch whose memory stays within `limit` (see `load`); from now on larger inputs are split.
 
         Raises:
             OutOfResource: not even batch 1 fits.
         """
-        line = memory_line(self._choice.variant.memory, runtime=self._choice.runtime)
+        line = memory_line(self._choice.variant, runtime=self._choice.runtime, device=self._choice.device)
         fit = largest_batch(line, parse_size(limit), most=self._engine_batch() or LARGEST_BATCH)
         self._batch = fit.batch
         return fit
