@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from memopt import __version__
-from memopt.errors import AnswerIsNo, MemoptError, UsageError
+from memopt.errors import AnswerIsNo, MemoptError, OutOfResource, UsageError, first_line, printable
 from memopt.sizes import parse_size
 
 PROGRAM = "memopt-export"
@@ -28,7 +29,12 @@ _data_root = click.option(
     help="Where data sets lie; default $MEMOPT_DATA_ROOT.",
 )
 _seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything random.")
-_factory = click.option("--network", metavar="PKG.MOD:FACTORY", help="Allow the checkpoint's own code to be imported.")
+_factory = click.option(
+    "--allow-network",
+    "network",
+    metavar="PKG.MOD:FACTORY",
+    help="Import this code of yours, which the checkpoint names.",
+)
 _output = click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write.")
 _DATA = "digits, mnist, fashion-mnist, cifar10, images:DIR, FILE.npz or pkg.mod:function."
 _training_data = click.option("--data", default="digits", show_default=True, help=_DATA)
@@ -47,6 +53,10 @@ def _training(command: _Command) -> _Command:
     ):
         command = option(command)
     return command
+
+
+class _Shown(AnswerIsNo):
+    """The answer is no, and the result that says so stands on stdout already."""
 
 
 class _Batches(click.ParamType[tuple[int, ...]]):
@@ -261,7 +271,7 @@ def engine(
     )  # fmt: skip
     console.show(saved, as_json=as_json)
     if saved.path is None:
-        raise AnswerIsNo(f"no target can take {model}: " + "; ".join(f"{k}: {v}" for k, v in saved.refused.items()))
+        raise _Shown(f"no target can take {model}: " + "; ".join(f"{k}: {v}" for k, v in saved.refused.items()))
 
 
 @cli.command()
@@ -276,7 +286,7 @@ def plan(model: Path, batch: tuple[int, ...], budget: int | None, as_json: bool)
     plans = commands.plan(model, batch, budget)
     console.show(plans, as_json=as_json)
     if not plans.fits:
-        raise AnswerIsNo(f"{model} does not fit into the budget at batch 1")
+        raise _Shown(f"{model} does not fit into the budget at batch 1")
 
 
 @cli.command()
@@ -308,7 +318,7 @@ def compare(
     else:
         console.show(report, as_json=as_json)
     if all(row.reason is not None for row in report.rows):
-        raise AnswerIsNo("nothing could be measured")
+        raise _Shown("nothing could be measured")
 
 
 @cli.command()
@@ -385,7 +395,7 @@ def verify(bundle: Path, replay: bool, as_json: bool) -> None:
     verification = commands.verify(bundle, replay=replay)
     console.show(verification, as_json=as_json)
     if not verification.holds:
-        raise AnswerIsNo(f"{bundle} gives other outputs here than when it was packed")
+        raise _Shown(f"{bundle} gives other outputs here than when it was packed")
 
 
 @cli.command()
@@ -437,31 +447,40 @@ def _run(arguments: list[str]) -> int:
     try:
         cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
+    except _Shown as error:
+        return _tell([], error.problem, error.hint, error.exit_code)
     except MemoptError as error:
         return _tell(arguments, error.problem, error.hint, error.exit_code)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"{context.command_path if context else PROGRAM} --help"
         return _tell(arguments, error.format_message(), hint, UsageError.exit_code)
+    except (MemoryError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return _tell_bug(arguments, error)
+        return _tell(arguments, f"out of memory or disk: {first_line(error)}", None, OutOfResource.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return _tell(arguments, "interrupted", None, 130)
     except _Terminated:
         return _tell(arguments, "terminated", None, 143)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:  # noqa: BLE001  # the last line of defence: a bug keeps its traceback and gets its code
-        sys.excepthook(type(error), error, error.__traceback__)
-        return _tell(arguments, f"this is a bug of memopt: {error!r}", None, 70)
+        return _tell_bug(arguments, error)
     return 0
+
+
+def _tell_bug(arguments: Sequence[str], error: Exception) -> int:
+    sys.excepthook(type(error), error, error.__traceback__)
+    return _tell(arguments, f"this is a bug of memopt: {error!r}", None, MemoptError.exit_code)
 
 
 def _tell(arguments: Sequence[str], problem: str, hint: str | None, code: int) -> int:
     """One line on stderr, with control characters made visible; with --json, the same as a document on stdout."""
     line = " ".join(problem.split()) + (f"; hint: {hint}" if hint else "")
-    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    click.echo(f"{PROGRAM}: error: {printable}", err=True)
-    if "--json" in arguments and code not in (AnswerIsNo.exit_code, 0):
+    click.echo(f"{PROGRAM}: error: {printable(line)}", err=True)
+    if "--json" in arguments:
         from memopt.strict_json import to_json
 
         error = {"problem": problem, "exit_code": code} | ({"hint": hint} if hint else {})

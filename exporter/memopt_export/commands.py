@@ -13,10 +13,12 @@ from memopt import machine
 from memopt.accuracy import agreement, max_difference, sqnr_db
 from memopt.bundle import Bundle, open_bundle
 from memopt.compare import cells, compare, subjects
-from memopt.errors import InputRefused, MemoptError, UsageError
+from memopt.errors import InputRefused, MemoptError, UsageError, first_line
 from memopt.files import refuse_to_overwrite, sha256_file, write_atomically
 from memopt.manifest import EngineInfo
 from memopt.report import Report, Row
+from memopt.runtimes import runtime
+from memopt.session import Runtime
 from memopt.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -30,9 +32,7 @@ if TYPE_CHECKING:
     from memopt_models.prune import PruneSettings
     from memopt_models.train import OnStep, TrainSettings
 
-_CALIBRATION_BATCH = 16
 _JUDGED_SAMPLES = 512  # of the validation split, on which `quantize` compares with the float graph
-_GOLDEN_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,14 @@ class Replay:
     max_difference: float | None
     atol: float | None
     reason: str | None = None
+    excused: bool = False  # this machine lacks what the variant needs
 
     @property
     def holds(self) -> bool:
-        """Whether the outputs are the golden ones; a variant that cannot run here is not held against the bundle."""
-        return self.max_difference is None or self.atol is None or self.max_difference <= self.atol
+        """Whether the outputs are the golden ones, or cannot be had on this machine."""
+        if self.max_difference is None or self.atol is None:
+            return self.excused
+        return self.max_difference <= self.atol
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,9 @@ class Verification:
 
     @property
     def holds(self) -> bool:
-        """Whether every variant that runs here gives the golden outputs."""
-        return all(replay.holds for replay in self.replays)
+        """Whether every variant that runs here gives the golden outputs, and, where that was asked, one does run."""
+        ran = [replay for replay in self.replays if not replay.excused]
+        return all(replay.holds for replay in self.replays) and (bool(ran) or not self.replays)
 
 
 @dataclass(frozen=True)
@@ -243,21 +247,23 @@ def quantize(
 ) -> SavedQuantized:  # fmt: skip
     """A quantized graph, and how far its outputs are from the float graph's on validation samples."""
     from memopt_export import quantize as quantizing
-    from memopt_export.graph import load_graph, save_graph
-    from memopt_export.pack import run_graph
+    from memopt_export.graph import load_graph, run_graph, save_graph
     from memopt_export.recipe import Recipe
     from memopt_models.data import open_samples
 
     refuse_to_overwrite(output, force=force)
     recipe, graph = Recipe(precision, target), load_graph(model)
-    given = {name: open_samples(data, split=name, inputs=graph.inputs, root=data_root)
-             for name in ("train", "validation")} if data else {}  # fmt: skip
-    calibration = given["train"].take(min(samples, len(given["train"])), seed=seed) if given else None
-    done = quantizing.quantize(graph, recipe, calibration, batch_size=_CALIBRATION_BATCH, exclude=tuple(exclude))
+    calibration = judged = None
+    if data is not None:
+        train, held_out = (
+            open_samples(data, split=name, inputs=graph.inputs, root=data_root) for name in ("train", "validation")
+        )
+        calibration = train.take(min(samples, len(train)), seed=seed)
+        judged = {name: array[:_JUDGED_SAMPLES] for name, array in held_out.feeds.items()}
+    done = quantizing.quantize(graph, recipe, calibration, exclude=tuple(exclude))
     save_graph(done.graph, output, force=force)
     noise = same = None
-    judged = {name: array[:_JUDGED_SAMPLES] for name, array in given["validation"].feeds.items()} if given else {}
-    if judged:
+    if judged is not None:
         got, expected = run_graph(done.graph, judged)[0], run_graph(graph, judged)[0]
         noise = _finite(sqnr_db(got, expected))
         same = agreement(got, expected) if got.ndim == 2 else None
@@ -269,8 +275,10 @@ def quantize(
         sha256=done.graph.sha256,
         fused=done.fused,
         kept_float=done.kept_float,
-        calibration=f"{calibration.source}, {len(calibration)} samples" if calibration and done.ranges else None,
-        samples=len(next(iter(judged.values()))) if judged else 0,
+        calibration=f"{calibration.source}, {len(calibration)} samples"
+        if calibration is not None and done.ranges is not None
+        else None,
+        samples=len(next(iter(judged.values()))) if judged is not None else 0,
         sqnr_db=noise,
         agreement=same,
     )
@@ -337,11 +345,11 @@ def pack(
     golden = {}
     if data and graphs:
         found = open_samples(data, split="test", inputs=graphs[0].graph.inputs, root=data_root)
-        golden = found.take(min(_GOLDEN_SAMPLES, len(found)), seed=0).feeds
+        golden = found.take(min(packing.GOLDEN_SAMPLES, len(found)), seed=0).feeds
     contents = packing.Contents(
         name=name or output.stem,
         parts=tuple(parts),
-        labels=tuple(labels.read_text().split("\n")[:-1]) if labels else opened.classes if opened else (),
+        labels=_read_labels(labels) if labels else opened.classes if opened else (),
         preprocess=opened.preprocess if opened else (),
         golden_inputs=golden,
         license=license_id,
@@ -394,7 +402,7 @@ def pipeline(
     job = read_job(recipe)
     return line.run(
         job,
-        work=work or Path("build") / job.name,
+        folder=work or Path("build") / job.name,
         output=output or Path("dist") / f"{job.name}.mopt",
         on_start=on_start,
         on_done=on_done,
@@ -429,10 +437,12 @@ def _checkpoint_of(source: str, network: str | None, data: str | None, data_root
 
 def _data_of(checkpoint: Checkpoint) -> str:
     """The data set that the checkpoint was last trained on."""
-    for stage in reversed(checkpoint.lineage):
-        if "data" in stage.settings:
-            return str(stage.settings["data"])
-    raise UsageError("parity is proved on real samples, and the checkpoint names no data", hint="--data SPEC")
+    from memopt_models.data import is_known
+
+    named = next((str(s.settings["data"]) for s in reversed(checkpoint.lineage) if "data" in s.settings), None)
+    if named is None or not is_known(named):  # a file may name a data set of ours, never code to run
+        raise UsageError("parity is proved on real samples, and the checkpoint names no data set", hint="--data SPEC")
+    return named
 
 
 def _inputs_of(paths: Sequence[Path]) -> tuple[TensorSpec, ...]:
@@ -450,6 +460,13 @@ def _inputs_of(paths: Sequence[Path]) -> tuple[TensorSpec, ...]:
     raise UsageError("an engine alone does not name its inputs", hint="compare it with its .onnx, or in a bundle")
 
 
+def _read_labels(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(path.read_text().removesuffix("\n").split("\n"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputRefused(f"{path} cannot be read as text: {first_line(error)}") from error
+
+
 def _parts(paths: Sequence[Path]) -> list[packing.OnnxPart | packing.EnginePart]:
     """The parts of a bundle: graphs first, then the engines built from them, found by digest."""
     from memopt.artifact import open_artifact
@@ -462,7 +479,7 @@ def _parts(paths: Sequence[Path]) -> list[packing.OnnxPart | packing.EnginePart]
             raise UsageError(f"{path} cannot be packed", hint="*.onnx, and *.engine built from one of them")
     for path in (path for path in paths if path.suffix == ".onnx"):
         parts.append(OnnxPart(path.stem, path.stem, load_graph(path)))
-    sources = {sha: part for part in parts if isinstance(part, OnnxPart) for sha in (part.graph.sha256,)}
+    sources = {part.graph.sha256: part for part in parts if isinstance(part, OnnxPart)}
     for path in (path for path in paths if path.suffix == ".engine"):
         artifact = open_artifact(path)
         assert artifact.engine is not None  # open_artifact reads the sidecar
@@ -476,24 +493,36 @@ def _parts(paths: Sequence[Path]) -> list[packing.OnnxPart | packing.EnginePart]
 
 
 def _replay(bundle: Bundle) -> Iterator[Replay]:
-    from memopt.runtimes import RUNTIMES
-
-    golden = bundle.manifest.golden
-    if golden is None:
+    """Every variant on every device of its runtime that works here; what a machine lacks is no fault of the bundle."""
+    if bundle.manifest.golden is None:
         raise InputRefused(f"{bundle.path} has no golden outputs", hint="memopt-export pack --data SPEC")
     for variant in bundle.manifest.variants:
-        runtime = RUNTIMES[variant.runtime]
-        device = runtime.DEVICES[0]
-        try:
-            session = runtime.open(bundle.artifact(variant.id), device=device)
-            got = session.run(bundle.golden_inputs())
-            session.close()
-        except MemoptError as error:
-            yield Replay(variant.id, variant.runtime, None, None, error.problem)
-            continue
-        expected = bundle.golden_outputs(variant.id)
-        worst = max(max_difference(a, b) for a, b in zip(got, expected, strict=True))
-        yield Replay(variant.id, variant.runtime, worst, golden.atol[variant.id])
+        made_for = runtime(variant.runtime)
+        artifact = bundle.artifact(variant.id)
+        for device in made_for.DEVICES:
+            reason = made_for.unavailable(device) or made_for.refuses(artifact)
+            place = f"{variant.runtime} {device}"
+            if reason is not None:
+                yield Replay(variant.id, place, None, None, reason, excused=True)
+            else:
+                yield _replay_on(bundle, variant.id, place, made_for, device)
+
+
+def _replay_on(bundle: Bundle, variant: str, place: str, made_for: Runtime, device: str) -> Replay:
+    assert bundle.manifest.golden is not None
+    atol = bundle.manifest.golden.atol[variant]
+    try:
+        session = made_for.open(bundle.artifact(variant), device=device)
+        got = session.run(bundle.golden_inputs())
+        session.close()
+    except MemoptError as error:
+        return Replay(variant, place, None, atol, error.problem)
+    pairs = zip(got, bundle.golden_outputs(variant), strict=True)
+    differences = [max_difference(a, b) if a.shape == b.shape else np.inf for a, b in pairs]
+    worst = float(np.max(differences))
+    if not np.isfinite(worst):
+        return Replay(variant, place, None, atol, "outputs are not finite, or of another shape")
+    return Replay(variant, place, worst, atol)
 
 
 def _finite(value: float) -> float | None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from memopt.errors import printable
 from memopt.report import COLUMNS, Report, Row, columns_of
 from memopt.sizes import show_size
 from memopt.strict_json import to_json
@@ -97,13 +98,13 @@ class _Line:
         now = time.monotonic()
         if self._console.is_terminal and now - self._last >= _REFRESH_S:
             self._last = now
-            self._console.file.write("\r\x1b[2K" + text[: self._console.width - 1])
+            self._console.file.write("\r\x1b[2K" + printable(text)[: self._console.width - 1])
             self._console.file.flush()
 
     def stay(self, text: str) -> None:
         """Prints a line that stays."""
         self.clear()
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        _say(self._console, text)
 
     def clear(self) -> None:
         """Empties the line."""
@@ -170,10 +171,15 @@ def _table(console: Console, columns: Mapping[str, str], rows: list[list[str]]) 
     console.print(table)
 
 
+def _say(console: Console, text: str, *, style: str | None = None) -> None:
+    """A line as it is, folded by the terminal and nobody else."""
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True, style=style)
+
+
 def _escape(text: str) -> str:
     from rich.markup import escape
 
-    return escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+    return escape(printable(text))
 
 
 def _draw_checkpoint(console: Console, saved: SavedCheckpoint) -> None:
@@ -231,7 +237,7 @@ def _draw_engine(console: Console, saved: SavedEngine) -> None:
         rows = [[_range(profile.batches), show_size(profile.activation_bytes)] for profile in info.profiles]
         _table(console, {"Profile": "left", "Activations": "right"}, rows)
     for target, why in saved.refused.items():
-        console.print(f"not for {target}: {why}", markup=False)
+        _say(console, f"not for {target}: {why}")
 
 
 def _draw_plans(console: Console, plans: Plans) -> None:
@@ -243,10 +249,10 @@ def _draw_plans(console: Console, plans: Plans) -> None:
     ]  # fmt: skip
     _table(console, columns, rows)
     held = ", ".join(f"{name} {show_size(size)}" for name, size in plans.plans[0].peak_tensors)
-    console.print(f"at the peak: {held}", markup=False)
+    _say(console, f"at the peak: {held}")
     if plans.budget_bytes is not None:
         answer = f"batch {plans.largest_batch}" if plans.largest_batch is not None else "nothing"
-        console.print(f"largest within {show_size(plans.budget_bytes)}: {answer}")
+        _say(console, f"largest within {show_size(plans.budget_bytes)}: {answer}")
 
 
 def _draw_report(console: Console, report: Report) -> None:
@@ -257,11 +263,11 @@ def _draw_report(console: Console, report: Report) -> None:
         if row.reason is not None:
             reasons.setdefault(f"{row.runtime} {row.device}: {row.reason}", []).append(row.name)
     for reason, names in reasons.items():
-        console.print(f"not measured on {reason} ({', '.join(dict.fromkeys(names))})", markup=False)
-    console.print(
+        _say(console, f"not measured on {reason} ({', '.join(dict.fromkeys(names))})")
+    _say(
+        console,
         f"{report.samples} samples of {report.source}; agreement with {report.reference}; "
         "host memory above each runtime's own baseline, one fresh process a row",
-        markup=False,
     )
 
 
@@ -278,8 +284,8 @@ def _draw_packed(console: Console, packed: Packed) -> None:
 def _draw_predicted(console: Console, predicted: Predicted) -> None:
     for picture, classes in predicted.pictures.items():
         said = "  ".join(f"{label} {100 * probability:.1f}%" for label, probability in classes)
-        console.print(f"{picture}  {said}", markup=False, soft_wrap=True)
-    _console(sys.stderr).print(predicted.why[-1], markup=False, soft_wrap=True)
+        _say(console, f"{picture}  {said}")
+    _say(_console(sys.stderr), predicted.why[-1])
 
 
 def _draw_inspection(console: Console, inspection: Inspection) -> None:
@@ -294,7 +300,7 @@ def _draw_inspection(console: Console, inspection: Inspection) -> None:
 
 def _draw_verification(console: Console, verification: Verification) -> None:
     size = show_size(verification.size_bytes)
-    console.print(f"{verification.path}: structure holds, {verification.files} sha256 hold ({size})", markup=False)
+    _say(console, f"{verification.path}: structure holds, {verification.files} sha256 hold ({size})")
     rows = []
     for replay in verification.replays:
         difference = "–" if replay.max_difference is None else f"{replay.max_difference:.2g}"
@@ -318,26 +324,23 @@ def _draw_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
     _table(console, {"Runtime": "left", "Device": "left", "State": "left"}, works)
     builds = [[name, "builds here" if why is None else f"no: {why}"] for name, why in diagnosis.builders.items()]
     _table(console, {"Engine builder": "left", "State": "left"}, builds)
-    console.print("tools: " + ", ".join(f"{name} {version}" for name, version in diagnosis.tools.items()), markup=False)
+    _say(console, "tools: " + ", ".join(f"{name} {version}" for name, version in diagnosis.tools.items()))
 
 
 def _draw_result(console: Console, result: Result) -> None:
     _draw_report(console, result.report)
     for what, why in result.refused.items():
-        console.print(f"no engine {what}: {why}", markup=False, soft_wrap=True)
-    console.print(
-        f"{result.made} stages made, {result.cached} cached"
-        + (" (nothing had to be done again)" if result.made == 0 else ""),
-        markup=False,
-    )
+        _say(console, f"no engine {what}: {why}")
+    again = " (nothing had to be done again)" if result.made == 0 else ""
+    _say(console, f"{result.made} stages made, {result.cached} cached{again}")
     size = show_size(result.bundle.stat().st_size)
-    console.print(f"bundle {result.bundle} ({size}, sha256 {result.bundle_sha256[:16]}…)", markup=False)
-    console.print(f"report {result.report_path}", markup=False)
+    _say(console, f"bundle {result.bundle} ({size}, sha256 {result.bundle_sha256[:16]}…)")
+    _say(console, f"report {result.report_path}")
     _next(console, f"memopt-export run {result.bundle} PICTURE.png")
 
 
 def _next(console: Console, command: str) -> None:
-    console.print(f"next: {command}", markup=False, style="dim", soft_wrap=True)
+    _say(console, f"next: {command}", style="dim")
 
 
 def _with(path: str, ending: str) -> str:

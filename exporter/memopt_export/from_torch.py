@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from memopt.accuracy import agreement, max_difference
-from memopt.errors import AnswerIsNo, InputRefused
+from memopt.errors import AnswerIsNo, InputRefused, first_line
 from memopt.strict_json import to_json
 from memopt.tensors import Array, TensorSpec
 from memopt.torch_runtime import SPECS
-from memopt_export.graph import Graph
+from memopt_export.graph import Graph, run_graph
 from memopt_export.simplify import simplify
 from memopt_models.checkpoint import Checkpoint
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 OPSET = 21
 LARGEST_BATCH = 2**16
+PARITY_SAMPLES = 64  # as many as prove parity, unless told otherwise
 # Two float32 programs for the same network differ by rounding; ten times what is seen on our networks.
 RELATIVE_TOLERANCE = 1e-4
 
@@ -88,18 +89,12 @@ def export(checkpoint: Checkpoint, samples: Array) -> Exported:
 
 def prove_parity(graph: Graph, samples: Array, expected: Array) -> Parity:
     """The graph's outputs in ONNX Runtime, unoptimized, against torch's."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(graph.data, options, providers=["CPUExecutionProvider"])
-    got = np.asarray(session.run(None, {graph.inputs[0].name: samples})[0])
-    classes = got.ndim == 2
+    (got,) = run_graph(graph, {graph.inputs[0].name: samples}, optimized=False)
     return Parity(
         samples=len(samples),
         max_difference=max_difference(got, expected),
         largest_output=float(np.abs(expected).max()),
-        agreement=agreement(got, expected) if classes else None,
+        agreement=agreement(got, expected) if got.ndim == 2 else None,
     )
 
 
@@ -110,7 +105,7 @@ def _export_program(module: torch.nn.Module, example: torch.Tensor, network: str
     try:
         return torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
     except (RuntimeError, ValueError, TypeError) as error:
-        raise InputRefused(f"torch.export cannot trace {network}: {str(error).strip().splitlines()[0]}") from error
+        raise InputRefused(f"torch.export cannot trace {network}: {first_line(error)}") from error
 
 
 def _to_graph(program: torch.export.ExportedProgram, example: torch.Tensor, checkpoint: Checkpoint) -> Graph:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memopt.errors import InputRefused
+import numpy as np
+
+from memopt.errors import InputRefused, IntegrityError, first_line
 from memopt.files import write_atomically
-from memopt.tensors import TensorSpec, nbytes
+from memopt.ort_runtime import library_errors
+from memopt.strict_json import from_json
+from memopt.tensors import DTYPE_BITS, Array, TensorSpec, nbytes
 
 if TYPE_CHECKING:
     import onnx
@@ -75,7 +80,8 @@ class Graph:
         for tensor in self.model.graph.initializer:
             dtype = helper.tensor_dtype_to_string(tensor.data_type).removeprefix("TensorProto.").lower()
             dtype = _ONNX_NAMES.get(dtype, dtype)
-            sizes[dtype] = sizes.get(dtype, 0) + nbytes(dtype, _elements(tensor.dims))
+            size = nbytes(dtype, _elements(tensor.dims)) if dtype in DTYPE_BITS else tensor.ByteSize()  # strings
+            sizes[dtype] = sizes.get(dtype, 0) + size
         return sizes
 
 
@@ -94,13 +100,30 @@ def load_graph(path: Path) -> Graph:
         onnx.checker.check_model(str(path))
         model = onnx.load(path)
     except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
-        raise InputRefused(f"{path} is not a valid ONNX model: {_first_line(error)}") from error
+        raise InputRefused(f"{path} is not a valid ONNX model: {first_line(error)}") from error
     if not model.graph.output:
         raise InputRefused(f"{path} is not a valid ONNX model: it has no outputs")
-    known = {entry.key: entry.value for entry in model.metadata_props}.get(METADATA_KEY)
-    lineage = json.loads(known) if known else {}
-    weights = lineage.get("weights") or _digest_of_initializers(model)
-    return Graph(model, weights, lineage.get("precision", _guess_precision(model)))
+    card = _read_card(model)
+    return Graph(model, card.weights or _digest_of_initializers(model), card.precision or _guess_precision(model))
+
+
+def run_graph(graph: Graph, feeds: Mapping[str, Array], *, optimized: bool = True) -> list[Array]:
+    """The graph's outputs in ONNX Runtime on this CPU; not optimized, every node runs as it stands.
+
+    Raises:
+        InputRefused: ONNX Runtime cannot run the graph on these inputs.
+    """
+    import onnxruntime
+
+    levels = onnxruntime.GraphOptimizationLevel
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    options.log_severity_level = 3  # errors are raised, warnings are not the user's
+    try:
+        session = onnxruntime.InferenceSession(graph.data, options, providers=["CPUExecutionProvider"])
+        return [np.asarray(output) for output in session.run(None, dict(feeds))]
+    except library_errors() as error:
+        raise InputRefused(f"onnxruntime cannot run the graph: {first_line(error)}") from error
 
 
 def save_graph(graph: Graph, path: Path, *, force: bool = False) -> None:
@@ -208,6 +231,23 @@ def _elements(dims: object) -> int:
     return count
 
 
+@dataclass(frozen=True)
+class _Card:
+    """What our metadata entry says."""
+
+    weights: str | None = None
+    precision: str | None = None
+
+
+def _read_card(model: onnx.ModelProto) -> _Card:
+    """Our metadata entry; an entry of that name which is not ours counts for nothing."""
+    text = {entry.key: entry.value for entry in model.metadata_props}.get(METADATA_KEY, "{}")
+    try:
+        return from_json(_Card, text.encode(), where=METADATA_KEY)
+    except IntegrityError:
+        return _Card()
+
+
 def _digest_of_initializers(model: onnx.ModelProto) -> str:
     digest = hashlib.sha256()
     for tensor in sorted(model.graph.initializer, key=lambda tensor: tensor.name):
@@ -225,7 +265,3 @@ def _guess_precision(model: onnx.ModelProto) -> str:
     if onnx.TensorProto.FLOAT in dtypes or not dtypes:
         return "fp32"
     return "fp16" if onnx.TensorProto.FLOAT16 in dtypes else "bf16" if onnx.TensorProto.BFLOAT16 in dtypes else "fp32"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

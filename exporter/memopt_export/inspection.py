@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memopt.artifact import open_artifact
+from memopt.artifact import map_file, open_artifact
 from memopt.bundle import open_bundle
 from memopt.errors import InputRefused
 from memopt.sizes import show_size
 from memopt.strict_json import from_plain
 from memopt.tensors import TensorSpec, show_shape
 from memopt_export.graph import load_graph
+from memopt_export.tensorrt_engine import EngineHeader, read_header
 from memopt_models.checkpoint import read_metadata
 
 
@@ -57,6 +58,11 @@ def _inspect_graph(path: Path) -> Inspection:
 
 
 def _inspect_engine(path: Path) -> Inspection:
+    if not path.with_name(path.name + ".json").is_file():
+        header = read_header(map_file(path))
+        return Inspection(
+            str(path), "TensorRT-RTX engine, without its sidecar", path.stat().st_size, _header_facts(header)
+        )
     artifact = open_artifact(path)
     info = artifact.engine
     assert info is not None  # open_artifact reads the sidecar
@@ -74,6 +80,15 @@ def _inspect_engine(path: Path) -> Inspection:
         "graph sha256": info.onnx_sha256,
     }
     return Inspection(str(path), "TensorRT engine", artifact.size_bytes, facts)
+
+
+def _header_facts(header: EngineHeader) -> dict[str, str]:
+    return {
+        "built by": f"tensorrt-rtx {header.version}",
+        "targets": ", ".join(header.targets),
+        "weights": show_size(header.weights_bytes),
+        "complete": "yes" if header.complete else "no, its end is missing",
+    }
 
 
 def _inspect_checkpoint(path: Path) -> Inspection:

@@ -9,11 +9,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from memopt.archive import is_safe_name
 from memopt.errors import InputRefused, IntegrityError, UsageError
+from memopt.runtimes import runtime
 from memopt.strict_json import from_plain
 from memopt_export.recipe import Recipe, parse
 from memopt_export.tensorrt_engine import EngineSettings
 from memopt_models.distill import DistillSettings
+from memopt_models.networks import find_factory
 from memopt_models.prune import PruneSettings
 from memopt_models.train import TrainSettings
 
@@ -42,6 +45,14 @@ class QuantizeJob:
 
     recipes: tuple[str, ...] = ("fp16", "int8")
     samples: int = 256
+    seed: int = 0  # of the draw of the samples
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UsageError(f"quantize.samples is {self.samples}, at least 1 is needed")
+        names = [recipe.name for recipe in self.parsed]
+        if "fp32" in names or len(set(names)) < len(names):
+            raise UsageError(f"quantize.recipes is {list(self.recipes)}", hint="each once, and fp32 comes by itself")
 
     @property
     def parsed(self) -> tuple[Recipe, ...]:
@@ -56,6 +67,10 @@ class EngineJob:
     how: EngineSettings
     precisions: tuple[str, ...] = ("fp32", "fp16")
 
+    def __post_init__(self) -> None:
+        for name in self.precisions:
+            parse(name)
+
 
 @dataclass(frozen=True)
 class CompareJob:
@@ -63,6 +78,12 @@ class CompareJob:
 
     batches: tuple[int, ...] = (1, 32)
     runtimes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.batches or min(self.batches) < 1:
+            raise UsageError(f"compare.batches is {list(self.batches)}", hint="[1, 32]")
+        for name in self.runtimes:
+            runtime(name)
 
 
 @dataclass(frozen=True)
@@ -77,11 +98,13 @@ class Job:
     quantize: QuantizeJob = QuantizeJob()
     engine: EngineJob | None = None
     compare: CompareJob = CompareJob()
-    seed: int = 0
     license: str | None = None
 
     def __post_init__(self) -> None:
-        _ = self.quantize.parsed
+        if not is_safe_name(self.name) or "/" in self.name:
+            raise UsageError(f"the job's name is {self.name!r}", hint="letters, digits, . _ and -, as it names files")
+        for network in (self.train.network, *((self.distill.network,) if self.distill else ())):
+            find_factory(network)
 
 
 def read_job(recipe: str) -> Job:

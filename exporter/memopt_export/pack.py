@@ -20,10 +20,11 @@ from memopt.files import atomic_file, refuse_to_overwrite, write_atomically
 from memopt.manifest import EngineInfo, File, Golden, Manifest, MemoryPoint, Stage, Variant, VariantMemory, encode
 from memopt.tensors import Array
 from memopt_export.external_weights import split
-from memopt_export.graph import Graph
+from memopt_export.graph import Graph, run_graph
 from memopt_export.plan import plan
 
 WEIGHTS = "weights.data"
+GOLDEN_SAMPLES = 8
 ENGINE_SUFFIX = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
 # By how much of the largest output another machine may differ: rounding, and for int8 a few steps of the last layers.
 # An engine is held to fp16's at best, because TensorRT multiplies float32 in TF32 where it can.
@@ -52,7 +53,6 @@ class EnginePart:
     data: bytes
     info: EngineInfo
     source: str
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def engine_id(source: str, flavor: str) -> str:
@@ -84,6 +84,9 @@ class Contents:
         for part in self.graphs:
             if (part.graph.inputs, part.graph.outputs) != (first.inputs, first.outputs):
                 raise InputRefused(f"{part.id} has other inputs or outputs than {self.graphs[0].id}")
+        classes = first.outputs[0].shape[-1] if first.outputs[0].shape else None
+        if self.labels and isinstance(classes, int) and len(self.labels) != classes:
+            raise InputRefused(f"{len(self.labels)} labels for {classes} classes")
         for any_part in self.parts:
             if sum(part.id == any_part.id for part in self.parts) > 1:
                 raise UsageError(f"two variants are called {any_part.id!r}", hint="rename one of the files")
@@ -173,7 +176,8 @@ def _add_engine(part: EnginePart, contents: Contents, items: list[Entry]) -> Var
         raise InputRefused(f"engine {part.id} was built from another graph than {part.source}")
     path = f"variants/{part.id}/model.engine"
     items.append(Entry(path, part.data, PAGE))
-    activation = min((profile.activation_bytes or 0 for profile in part.info.profiles), default=None)
+    smallest = min(part.info.profiles, key=lambda profile: profile.batches[1], default=None)
+    activation = smallest.activation_bytes if smallest is not None else None
     return Variant(
         id=part.id,
         network=part.network,
@@ -181,10 +185,9 @@ def _add_engine(part: EnginePart, contents: Contents, items: list[Entry]) -> Var
         runtime=part.info.flavor,
         model=path,
         weights_sha256=source.graph.weights_sha256,
-        memory=VariantMemory(len(part.data), part.info.weights_bytes or 0, activation),
+        memory=VariantMemory(len(part.data), part.info.weights_bytes, activation),
         engine=part.info,
         source=part.source,
-        metrics=part.metrics,
     )
 
 
@@ -210,14 +213,6 @@ def _add_golden(contents: Contents, items: list[Entry]) -> Golden | None:
     return Golden(inputs, outputs, atol)
 
 
-def run_graph(graph: Graph, feeds: Mapping[str, Array]) -> list[Array]:
-    """The graph's outputs in ONNX Runtime on this CPU."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(graph.data, providers=["CPUExecutionProvider"])
-    return [np.asarray(output) for output in session.run(None, dict(feeds))]
-
-
 def _npy(array: Array) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
@@ -234,11 +229,14 @@ def _write_folder(items: Sequence[Entry], output: Path, force: bool) -> None:
     _refuse_folder(output, force=force)
     beside = output.with_name(f".{output.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
-    for item in items:
-        write_atomically(beside / item.name, item.data)
-    if output.exists():
-        shutil.rmtree(output)
-    beside.rename(output)
+    try:
+        for item in items:
+            write_atomically(beside / item.name, item.data)
+        if output.exists():
+            shutil.rmtree(output)
+        beside.rename(output)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _refuse_folder(output: Path, *, force: bool) -> None:

@@ -20,6 +20,8 @@ from memopt.files import sha256_file
 from memopt.strict_json import from_json, to_json, to_plain
 
 RECORD = "stage.json"
+_MAKING = ".making-"
+_SHOWS_ONLY = frozenset({"cli.py", "__main__.py", "commands.py", "console.py", "inspection.py"})
 # Distributions whose version changes what a stage makes.
 TOOLS = (
     "numpy", "onnx", "onnxruntime-gpu", "onnxruntime", "onnxscript", "scikit-learn", "tensorrt", "tensorrt-rtx",
@@ -85,22 +87,52 @@ class Stages:
 
     def _make(self, stage: str, folder: Path, key: str, make: Callable[[Path], None]) -> Outcome:
         started = time.perf_counter()
+        beside = None
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            beside = Path(tempfile.mkdtemp(prefix=".making-", dir=self.root))
-        except OSError as error:
-            raise OutOfResource(f"{self.root} cannot be written: {error.strerror}", hint="--work DIR") from error
-        try:
+            _sweep(self.root)
+            beside = Path(tempfile.mkdtemp(prefix=f"{_MAKING}{os.getpid()}-", dir=self.root))
             make(beside)
             files = {path.name: sha256_file(path) for path in sorted(beside.iterdir())}
             seconds = time.perf_counter() - started
             (beside / RECORD).write_text(to_json(_Record(stage, key, files, seconds)))
-            shutil.rmtree(folder, ignore_errors=True)
-            beside.rename(folder)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
+            _move(beside, folder, lambda: _find(stage, folder, key) is not None)
+        except OSError as error:
+            raise OutOfResource(
+                f"{self.root} cannot be written: {error.strerror or error}", hint="--work DIR"
+            ) from error
+        finally:
+            if beside is not None:
+                shutil.rmtree(beside, ignore_errors=True)
         return Outcome(stage, folder, files, seconds, cached=False)
+
+
+def _move(beside: Path, folder: Path, is_there: Callable[[], bool]) -> None:
+    """Renames the finished stage into place; where another run was faster, its stage stays."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        beside.rename(folder)
+    except OSError:
+        if not is_there():
+            raise
+
+
+def _sweep(root: Path) -> None:
+    """Removes what a killed run has left behind."""
+    for path in root.glob(f"{_MAKING}*"):
+        owner = path.name.removeprefix(_MAKING).partition("-")[0]
+        if owner.isdigit() and not _lives(int(owner)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def tool_versions() -> dict[str, str]:
@@ -121,7 +153,7 @@ def _key(stage: str, made_from: Mapping[str, Any]) -> str:
 
 @cache
 def _own_sources() -> str:
-    """Digest of memopt's own code: a changed line is a changed tool."""
+    """Digest of memopt's own code: a changed line is a changed tool, except in what only asks and shows."""
     import memopt
     import memopt_export
     import memopt_models
@@ -129,7 +161,8 @@ def _own_sources() -> str:
     digest = hashlib.sha256()
     for package in (memopt, memopt_models, memopt_export):
         for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
+            if path.name not in _SHOWS_ONLY:
+                digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -144,5 +177,4 @@ def _find(stage: str, folder: Path, key: str) -> Outcome | None:
         intact = record.key == key and all(sha256_file(folder / name) == sha for name, sha in record.files.items())
     except (IntegrityError, OSError):
         return None
-    os.utime(folder)
     return Outcome(stage, folder, record.files, time.perf_counter() - started, cached=True) if intact else None

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from memopt.errors import OutOfResource
-from memopt.manifest import Variant
+from memopt.manifest import EngineInfo, Variant
 from memopt.session import Session
 from memopt.sizes import show_size
-from memopt.tensors import Array
+from memopt.tensors import Array, check_feeds
 
 LARGEST_BATCH = 4096
 
 
 @dataclass(frozen=True)
-class MemoryLine:
-    """Memory over the batch: `fixed_bytes + batch * per_sample_bytes`.
+class MemoryCurve:
+    """Memory over the batch: straight between its points, unknown beyond the last.
 
-    The peak is linear in the batch within a fraction of a percent for the libraries measured, so two measured batches
-    give the whole line.
+    Nothing is extrapolated: allocators grow in steps, and a line through small batches falls short at large ones.
     """
 
-    fixed_bytes: int
-    per_sample_bytes: int
+    points: tuple[tuple[int, int], ...]  # (batch, bytes), in order of the batch
     method: str
 
     def at(self, batch: int) -> int:
-        """Bytes at this batch."""
-        return self.fixed_bytes + batch * self.per_sample_bytes
+        """Bytes at this batch; the first point's below it."""
+        batches, sizes = zip(*self.points, strict=True)
+        return math.ceil(float(np.interp(batch, batches, sizes)))
+
+    @property
+    def last_batch(self) -> int:
+        """The largest batch that the curve knows of."""
+        return self.points[-1][0]
 
 
 @dataclass(frozen=True)
@@ -44,59 +49,68 @@ class BatchFit:
     method: str
 
 
-def memory_line(variant: Variant, *, runtime: str, device: str) -> MemoryLine:
+def memory_curve(variant: Variant, *, runtime: str, device: str) -> MemoryCurve | None:
     """What the variant needs over the batch: host memory for a graph on the CPU, device memory on a GPU.
 
-    1. An engine: TensorRT's own figures, weights and the activations of each profile at its largest batch.
-    2. A graph measured at two batches on this runtime and device when the bundle was built: the line through both.
-    3. Any other graph: weights and planned activations.
+    1. An engine: TensorRT's own figures. A profile takes its whole activation memory from its smallest batch on.
+    2. A graph measured on this runtime and device when the bundle was built: the measured points.
+    3. Any other graph: weights and planned activations, which are linear in the batch.
+
+    None when the numbers that this takes are not known.
     """
-    memory, planned = variant.memory, variant.memory.activation_bytes or 0
+    memory = variant.memory
     if variant.engine is not None:  # 1
-        profiles = [(p.batches[1], memory.weights_bytes + (p.activation_bytes or 0)) for p in variant.engine.profiles]
-        return _line(profiles, planned=0, method="TensorRT's plan: weights + activations of the profiles")
-    measured = [
+        return _engine_curve(variant.engine, memory.weights_bytes)
+    measured = tuple(
         (point.batch, point.private_bytes)
-        for point in memory.measured
+        for point in sorted(memory.measured, key=lambda point: point.batch)
         if (point.runtime, point.device) == (runtime, device) and point.private_bytes is not None
-    ]
-    if len(measured) > 1:  # 2
-        return _line(measured, planned=planned, method="private memory, measured when the bundle was built")
-    return MemoryLine(memory.weights_bytes, planned, "planned: weights + activations")  # 3
+    )
+    if measured:  # 2
+        return MemoryCurve(measured, "private memory, measured when the bundle was built")
+    if memory.weights_bytes is None or memory.activation_bytes is None:
+        return None
+    planned = tuple((batch, memory.weights_bytes + batch * memory.activation_bytes) for batch in (1, LARGEST_BATCH))
+    return MemoryCurve(planned, "planned: weights + activations")  # 3
 
 
-def _line(points: Sequence[tuple[int, int]], *, planned: int, method: str) -> MemoryLine:
-    """The line through the smallest and the largest batch; a slope within the noise becomes the planned one."""
-    (low, at_low), (high, at_high) = min(points), max(points)
-    slope = (at_high - at_low) / (high - low) if high > low else 0
-    per_sample = round(slope) if slope > 0 else planned
-    return MemoryLine(max(at_low - low * per_sample, 0), per_sample, method)
-
-
-def largest_batch(line: MemoryLine, limit_bytes: int, *, most: int = LARGEST_BATCH) -> BatchFit:
-    """The largest batch, up to `most`, whose memory stays within the limit.
+def largest_batch(curve: MemoryCurve, limit_bytes: int) -> BatchFit:
+    """The largest batch that the curve knows of and whose memory stays within the limit.
 
     Raises:
         OutOfResource: not even batch 1 fits.
 
-    >>> largest_batch(MemoryLine(1000, 100, "by hand"), 1550).batch
+    >>> largest_batch(MemoryCurve(((1, 1100), (9, 1900)), "by hand"), 1550).batch
     5
     """
-    if line.at(1) > limit_bytes:
-        raise OutOfResource(f"needs {show_size(line.at(1))} at batch 1, the limit is {show_size(limit_bytes)}")
-    room = limit_bytes - line.fixed_bytes
-    batch = min(most, room // line.per_sample_bytes) if line.per_sample_bytes else most
-    curve = tuple((1 << i, line.at(1 << i)) for i in range(max(batch, 1).bit_length()))
-    return BatchFit(batch, limit_bytes, line.at(batch), curve, line.method)
+    if curve.at(1) > limit_bytes:
+        raise OutOfResource(f"needs {show_size(curve.at(1))} at batch 1, the limit is {show_size(limit_bytes)}")
+    batch = max(batch for batch in range(1, curve.last_batch + 1) if curve.at(batch) <= limit_bytes)
+    powers = [1 << i for i in range(batch.bit_length())]
+    return BatchFit(batch, limit_bytes, curve.at(batch), tuple((b, curve.at(b)) for b in powers), curve.method)
+
+
+def _engine_curve(engine: EngineInfo, weights_bytes: int | None) -> MemoryCurve | None:
+    points: list[tuple[int, int]] = []
+    for profile in sorted(engine.profiles, key=lambda profile: profile.batches):
+        if weights_bytes is None or profile.activation_bytes is None:
+            return None
+        points += [(batch, weights_bytes + profile.activation_bytes) for batch in profile.batches]
+    return MemoryCurve(tuple(points), "TensorRT's plan: weights + activations of the profile") if points else None
 
 
 def run_in_batches(session: Session, feeds: Mapping[str, Array], *, batch: int) -> list[Array]:
-    """The outputs for `feeds`, computed at most `batch` samples at a time; equal to one run over all of them."""
-    samples = max((len(array) for array in feeds.values() if array.ndim), default=0)
+    """The outputs for `feeds`, computed at most `batch` samples at a time; equal to one run over all of them.
+
+    Inputs whose first dimension is fixed are no samples, and go whole into every run.
+    """
+    check_feeds(session.inputs, feeds)
+    split = {spec.name for spec in session.inputs if spec.shape and isinstance(spec.shape[0], str)}
+    samples = max((len(feeds[name]) for name in split), default=0)
     if samples <= batch:
         return session.run(feeds)
     pieces = [
-        session.run({name: array[start : start + batch] for name, array in feeds.items()})
+        session.run({name: array[start : start + batch] if name in split else array for name, array in feeds.items()})
         for start in range(0, samples, batch)
     ]
     return [np.concatenate(outputs) for outputs in zip(*pieces, strict=True)]

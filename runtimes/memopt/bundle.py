@@ -12,16 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from memopt.archive import is_safe_name, read_archive
+from memopt.archive import MAX_ENTRIES, is_safe_name, read_archive
 from memopt.artifact import Artifact, map_file, release_pages
-from memopt.errors import InputRefused, IntegrityError
-from memopt.manifest import File, Manifest, Variant, decode
+from memopt.errors import InputRefused, IntegrityError, UsageError
+from memopt.manifest import MAX_MANIFEST_BYTES, File, Manifest, Variant, decode
+from memopt.preprocess import check_steps
 from memopt.tensors import Array
 
 MANIFEST = "memopt.json"
 MIMETYPE = "mimetype"
 MIMETYPE_BYTES = b"application/vnd.memopt.bundle.v1"
 UNLISTED = frozenset({MANIFEST, MIMETYPE})  # entries that the manifest does not list
+VERIFY = ("full", "off")
 _BLOCK = 2**20
 
 
@@ -38,11 +40,21 @@ class Bundle:
         """The classes' names, in the order of the outputs; empty when the bundle has none."""
         if self.manifest.labels is None:
             return ()
-        return tuple(bytes(self.entries[self.manifest.labels]).decode().splitlines())
+        try:
+            text = bytes(self.entries[self.manifest.labels]).decode()
+        except UnicodeDecodeError as error:
+            raise IntegrityError(f"{self.path}: {self.manifest.labels} is not UTF-8") from error
+        return tuple(text.removesuffix("\n").split("\n"))
 
     def artifact(self, variant_id: str) -> Artifact:
-        """What a runtime opens for this variant."""
+        """What a runtime opens for this variant.
+
+        Raises:
+            IntegrityError: no such variant, or an engine whose sha256 is not the manifest's.
+        """
         variant = self.manifest.variant(variant_id)
+        if variant.engine is not None:
+            self.verify(next(file for file in self.manifest.files if file.path == variant.model))
         weights = self.entries[variant.weights] if variant.weights else None
         return Artifact(
             name=variant.id,
@@ -70,15 +82,14 @@ class Bundle:
             return []
         return [self._array(golden.outputs[variant_id][spec.name]) for spec in self.manifest.outputs]
 
-    def verify(self) -> None:
-        """Raises IntegrityError unless every file has the size and the sha256 that the manifest promises."""
-        for file in self.manifest.files:
-            digest = hashlib.sha256()
-            for block in _blocks(self, file):
-                digest.update(block)
-            release_pages(self.entries[file.path])
-            if digest.hexdigest() != file.sha256:
-                raise IntegrityError(f"{self.path}: {file.path} is damaged, its sha256 is not the manifest's")
+    def verify(self, file: File) -> None:
+        """Raises IntegrityError unless this file has the sha256 that the manifest promises."""
+        digest = hashlib.sha256()
+        for block in _blocks(self.entries[file.path]):
+            digest.update(block)
+        release_pages(self.entries[file.path])
+        if digest.hexdigest() != file.sha256:
+            raise IntegrityError(f"{self.path}: {file.path} is damaged, its sha256 is not the manifest's")
 
     def _array(self, name: str) -> Array:
         try:
@@ -93,24 +104,32 @@ def open_bundle(path: Path | str, *, verify: str = "full") -> Bundle:
 
     Args:
         path: where it is.
-        verify: "full" checks the sha256 of every file first; "off" checks the structure only.
+        verify: "full" checks the sha256 of every file first; "off" checks the structure only, and an engine's sha256
+            when it is taken out: its bytes are code.
 
     Raises:
         InputRefused: missing, or not a bundle at all.
         IntegrityError: damaged, or not what its manifest says.
     """
+    if verify not in VERIFY:
+        raise UsageError(f"verify is {verify!r}", hint=" or ".join(VERIFY))
     path = Path(path)
     entries = _entries_of_folder(path) if path.is_dir() else _entries_of_file(path)
     try:
         if MANIFEST not in entries:
             raise IntegrityError(f"it has no {MANIFEST}")
+        if len(entries[MANIFEST]) > MAX_MANIFEST_BYTES:
+            raise IntegrityError(
+                f"its manifest has {len(entries[MANIFEST])} bytes, at most {MAX_MANIFEST_BYTES} are read"
+            )
         manifest = decode(bytes(entries[MANIFEST]))
+        check_steps(manifest.preprocess)
         _check_entries(entries, manifest.files)
     except IntegrityError as error:
         raise IntegrityError(f"{path}: {error.problem}", hint=error.hint) from error
     bundle = Bundle(path, manifest, entries)
-    if verify == "full":
-        bundle.verify()
+    for file in manifest.files if verify == "full" else ():
+        bundle.verify(file)
     return bundle
 
 
@@ -123,10 +142,10 @@ def _entries_of_file(path: Path) -> dict[str, memoryview]:
     except IntegrityError as error:
         raise IntegrityError(f"{path}: {error.problem}") from error
     entries = {name: data[span.offset : span.offset + span.size_bytes] for name, span in spans.items()}
-    if next(iter(entries), None) != MIMETYPE or bytes(entries[MIMETYPE]) != MIMETYPE_BYTES:
+    if next(iter(entries), None) != MIMETYPE or entries[MIMETYPE] != memoryview(MIMETYPE_BYTES):
         raise InputRefused(f"{path} is a zip file, but not a memopt bundle")
     for name in UNLISTED & set(entries):  # the others are checked by sha256
-        if zlib.crc32(entries[name]) != spans[name].crc32:
+        if len(entries[name]) <= MAX_MANIFEST_BYTES and zlib.crc32(entries[name]) != spans[name].crc32:
             raise IntegrityError(f"{path}: {name} is damaged")
     return entries
 
@@ -134,11 +153,13 @@ def _entries_of_file(path: Path) -> dict[str, memoryview]:
 def _entries_of_folder(path: Path) -> dict[str, memoryview]:
     if not (path / MANIFEST).is_file():
         raise InputRefused(f"{path} is a folder without {MANIFEST}, so not a bundle")
-    entries = {}
+    entries: dict[str, memoryview] = {}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if file.is_symlink() or not is_safe_name(name) or not (file.is_file() or file.is_dir()):
             raise IntegrityError(f"{path}: entry name {name!r} is not safe, or a link")
+        if len(entries) == MAX_ENTRIES:
+            raise IntegrityError(f"{path}: more than {MAX_ENTRIES} files")
         if file.is_file():
             entries[name] = map_file(file)
     return entries
@@ -156,7 +177,6 @@ def _check_entries(entries: Mapping[str, memoryview], files: tuple[File, ...]) -
         raise IntegrityError(f"{unknown[0]} is in the bundle but not in its manifest")
 
 
-def _blocks(bundle: Bundle, file: File) -> Iterator[memoryview]:
-    view = bundle.entries[file.path]
+def _blocks(view: memoryview) -> Iterator[memoryview]:
     for start in range(0, len(view), _BLOCK):
         yield view[start : start + _BLOCK]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
-from memopt.batching import memory_line
+from memopt.batching import memory_curve
 from memopt.bundle import Bundle
 from memopt.errors import BackendError, OutOfResource, UsageError
 from memopt.manifest import Variant
@@ -18,6 +19,7 @@ DEVICES = {
     "cpu": (("onnxruntime", "cpu"),),
 }
 CHOSEN_BY = "validation_top1"  # the metric that selects; the test split is only ever reported
+_ROUNDING = 1e-9  # of percentage points: 0.99 - 0.98 is a little more than one
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Choice:
     variant: Variant
     runtime: str
     device: str
-    need_bytes: int  # at batch 1
+    need_bytes: int | None  # at batch 1
     why: tuple[str, ...]
 
 
@@ -50,10 +52,16 @@ def choose(
     if variant is not None:
         bundle.manifest.variant(variant)
     refused: list[str] = []
+    too_large: list[Choice] = []
     for name in DEVICES if device == "auto" else (device,):
         runnable = _runnable(bundle, name, variant, refused)
-        if runnable:
-            return _least(bundle, runnable, memory_limit, max_drop, refused)
+        fitting = [choice for choice in runnable if _fits(choice, memory_limit)]
+        if fitting:
+            return _best(bundle, fitting, memory_limit, max_drop, refused)
+        too_large += runnable
+        refused += [_too_large(choice, memory_limit) for choice in runnable]
+    if too_large:
+        raise _nothing_fits(too_large, memory_limit)
     raise BackendError(f"{bundle.path} has nothing that runs on {device}: " + "; ".join(refused))
 
 
@@ -72,36 +80,60 @@ def _runnable(bundle: Bundle, device: str, variant: str | None, refused: list[st
             if refusal:
                 refused.append(f"{candidate.id}: {refusal}")
                 continue
-            need = memory_line(candidate, runtime=runtime_name, device=where).at(1)
-            found.append(Choice(candidate, runtime_name, where, need, ()))
+            curve = memory_curve(candidate, runtime=runtime_name, device=where)
+            found.append(Choice(candidate, runtime_name, where, curve.at(1) if curve else None, ()))
     return found
 
 
-def _least(
-    bundle: Bundle, runnable: list[Choice], memory_limit: int | None, max_drop: float, refused: list[str]
+def _fits(choice: Choice, memory_limit: int | None) -> bool:
+    """Whether it is known to stay within the limit."""
+    return memory_limit is None or (choice.need_bytes is not None and choice.need_bytes <= memory_limit)
+
+
+def _best(
+    bundle: Bundle, fitting: list[Choice], memory_limit: int | None, max_drop: float, refused: list[str]
 ) -> Choice:
-    fitting = [choice for choice in runnable if memory_limit is None or choice.need_bytes <= memory_limit]
-    if not fitting:
-        least = min(runnable, key=lambda choice: choice.need_bytes)
-        raise OutOfResource(
-            f"nothing fits into {show_size(memory_limit)}: the smallest variant, {least.variant.id}, "
-            f"needs {show_size(least.need_bytes)} at batch 1",
-            hint=f"memory_limit of at least {least.need_bytes} bytes",
-        )
-    best = max((v.metrics.get(CHOSEN_BY, 0.0) for v in bundle.manifest.variants), default=0.0)
-    accurate = [choice for choice in fitting if _drop(choice, best) <= max_drop]
+    best = max(_accuracy(bundle, variant) for variant in bundle.manifest.variants)
+    drops = [100 * (best - _accuracy(bundle, choice.variant)) for choice in fitting]
     limit = f" within {show_size(memory_limit)}" if memory_limit is not None else ""
+    accurate = [choice for choice, drop in zip(fitting, drops, strict=True) if drop <= max_drop + _ROUNDING]
     if accurate:
-        chosen = min(accurate, key=lambda choice: choice.need_bytes)
+        chosen = min(accurate, key=_need)
         reason = f"needs least ({show_size(chosen.need_bytes)} at batch 1) of {len(accurate)} variants{limit}"
         reason += f" at most {max_drop:g} pp below the best"
     else:
-        chosen = min(fitting, key=lambda choice: (_drop(choice, best), choice.need_bytes))
-        reason = f"the most accurate{limit}, {_drop(chosen, best):.2f} pp below the best variant"
-    chosen_line = f"{chosen.variant.id} on {chosen.runtime} {chosen.device}: {reason}"
-    return Choice(chosen.variant, chosen.runtime, chosen.device, chosen.need_bytes, (*refused, chosen_line))
+        drop, _, chosen = min(
+            ((drop, _need(choice), choice) for choice, drop in zip(fitting, drops, strict=True)),
+            key=lambda each: each[:2],
+        )
+        reason = f"the most accurate{limit}, {drop:.2f} pp below the best variant"
+    why = f"{chosen.variant.id} on {chosen.runtime} {chosen.device}: {reason}"
+    return replace(chosen, why=(*refused, why))
 
 
-def _drop(choice: Choice, best: float) -> float:
-    """Percentage points of validation accuracy below the best; 0 for a bundle without metrics."""
-    return 100 * (best - choice.variant.metrics.get(CHOSEN_BY, 0.0))
+def _accuracy(bundle: Bundle, variant: Variant) -> float:
+    """Validation accuracy, of an engine that of the graph it was built from; 0 for a bundle without metrics."""
+    if CHOSEN_BY not in variant.metrics and variant.source is not None:
+        variant = bundle.manifest.variant(variant.source)
+    return variant.metrics.get(CHOSEN_BY, 0.0)
+
+
+def _need(choice: Choice) -> float:
+    """Bytes at batch 1; what is not known counts as most."""
+    return math.inf if choice.need_bytes is None else choice.need_bytes
+
+
+def _too_large(choice: Choice, memory_limit: int | None) -> str:
+    return (
+        f"{choice.variant.id} on {choice.runtime} {choice.device}: needs {show_size(choice.need_bytes)} at batch 1, "
+        + (f"the limit is {show_size(memory_limit)}")
+    )
+
+
+def _nothing_fits(too_large: list[Choice], memory_limit: int | None) -> OutOfResource:
+    least = min(too_large, key=_need)
+    return OutOfResource(
+        f"nothing fits into {show_size(memory_limit)}: the smallest variant, {least.variant.id}, "
+        f"needs {show_size(least.need_bytes)} at batch 1",
+        hint=f"memory_limit={least.need_bytes}" if least.need_bytes is not None else None,
+    )

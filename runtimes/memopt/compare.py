@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +13,15 @@ import numpy as np
 
 from memopt.accuracy import agreement, sqnr_db, top1
 from memopt.artifact import Artifact, open_artifact
-from memopt.bundle import open_bundle
+from memopt.bundle import Bundle, open_bundle
 from memopt.errors import InputRefused, MemoptError, UsageError
-from memopt.manifest import EngineInfo
+from memopt.manifest import EngineInfo, Profile, Variant
 from memopt.probe import Measurement, Request, measure
 from memopt.report import Report, Row
 from memopt.runtimes import RUNTIMES
 from memopt.tensors import Array
+
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,19 @@ class Subject:
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement to make."""
+    """One measurement to make, or the reason why it cannot be made."""
 
     subject: Subject
     runtime: str
     device: str
     batch: int
+    reason: str | None = None
 
 
 def subjects(paths: Iterable[Path]) -> list[Subject]:
     """Every artifact in these files and bundles; a bundle counts for all its variants.
+
+    A name that stands more than once gets its path in front.
 
     Raises:
         InputRefused, IntegrityError: a file that is no artifact, or a damaged bundle.
@@ -54,44 +60,37 @@ def subjects(paths: Iterable[Path]) -> list[Subject]:
     for path in paths:
         if path.suffix == ".mopt" or path.is_dir():
             bundle = open_bundle(path)
-            found += [
-                Subject(
-                    v.id,
-                    path,
-                    bundle.artifact(v.id),
-                    v.id,
-                    v.precision,
-                    v.memory.weights_bytes,
-                    v.memory.activation_bytes,
-                )
-                for v in bundle.manifest.variants
-            ]
+            found += [_variant_subject(path, bundle, variant) for variant in bundle.manifest.variants]
         else:
             found.append(Subject(path.name, path, open_artifact(path)))
-    return found
+    names = Counter(subject.name for subject in found)
+    return [subject if names[subject.name] == 1 else replace(subject, name=_full_name(subject)) for subject in found]
 
 
 def cells(
     found: Sequence[Subject], *, batches: Sequence[int], runtimes: Sequence[str] | None = None,
-    devices: Sequence[str] = ("cpu", "cuda"),
+    devices: Sequence[str] = DEVICES,
 ) -> list[Cell]:  # fmt: skip
     """Every (subject, runtime, device, batch) that makes sense: the runtime opens this kind of artifact.
 
-    A device without its driver gets cells only for artifacts that nothing else could run: an engine keeps its row.
+    Every subject has a cell: where nothing opens it, or its device is not there, the cell carries the reason.
 
     Raises:
-        UsageError: a runtime that does not exist, or a batch below 1.
+        UsageError: a runtime or device that does not exist, a batch below 1, or nothing to compare.
     """
-    for name in runtimes or ():
-        if name not in RUNTIMES:
-            raise UsageError(f"runtime {name!r} is not known", hint="one of " + ", ".join(RUNTIMES))
+    for what, names, known in (("runtime", runtimes or (), tuple(RUNTIMES)), ("device", devices, DEVICES)):
+        for name in names:
+            if name not in known:
+                raise UsageError(f"{what} {name!r} is not known", hint="one of " + ", ".join(known))
     for batch in batches:
         if batch < 1:
             raise UsageError(f"batch is {batch}", hint="--batch 1,8,32")
+    if not (found and batches and devices):
+        raise UsageError("there is nothing to compare")
     return [
-        Cell(subject, runtime_name, device, batch)
+        Cell(subject, runtime_name, device, batch, reason)
         for subject in found
-        for runtime_name, device in _places(subject, runtimes, devices)
+        for runtime_name, device, reason in _places(subject, tuple(runtimes or RUNTIMES), devices)
         for batch in batches
     ]
 
@@ -107,12 +106,13 @@ def compare(
         todo: what to measure, see `cells`.
         feeds: samples by input name, first axis = samples; the same for all.
         labels: (samples,), or None when accuracy is unknown.
-        reference: name of the subject that the others are held against; None takes the first.
+        reference: name of the subject that the others are held against; None takes the first. Where it cannot be
+            measured, agreement and SQNR stay unknown.
         source: where the samples come from, for the report.
         machine: what to say of this machine.
         on_row: called with each finished row.
     """
-    reference = reference or (todo[0].subject.name if todo else None)
+    reference = reference or todo[0].subject.name
     if reference not in {cell.subject.name for cell in todo}:
         raise UsageError(f"the reference {reference!r} is not among what is compared")
     order = sorted(range(len(todo)), key=lambda i: todo[i].subject.name != reference)  # the reference's outputs first
@@ -123,8 +123,9 @@ def compare(
         files = save_arrays(feeds, folder)
         for i in order:
             row, outputs = _measure_cell(todo[i], files, folder / f"outputs-{i}.npy")
+            if outputs is not None and expected is None and row.name == reference:
+                expected = outputs
             if outputs is not None:
-                expected = outputs if expected is None else expected
                 row = _judge(row, outputs, expected, labels)
             rows[i] = row
             if on_row is not None:
@@ -143,23 +144,52 @@ def save_arrays(feeds: Mapping[str, Array], folder: Path) -> dict[str, str]:
     return files
 
 
-def _places(subject: Subject, runtimes: Sequence[str] | None, devices: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for name in runtimes or RUNTIMES:
+def _variant_subject(path: Path, bundle: Bundle, variant: Variant) -> Subject:
+    memory = variant.memory
+    return Subject(
+        name=variant.id,
+        path=path,
+        artifact=bundle.artifact(variant.id),
+        variant=variant.id,
+        precision=variant.precision,
+        weights_bytes=memory.weights_bytes,
+        activation_bytes=memory.activation_bytes,
+    )
+
+
+def _full_name(subject: Subject) -> str:
+    return f"{subject.path}:{subject.variant}" if subject.variant else str(subject.path)
+
+
+def _places(subject: Subject, runtimes: Sequence[str], devices: Sequence[str]) -> Iterator[tuple[str, str, str | None]]:
+    """Where to measure: (runtime, device, why not)."""
+    engine = subject.artifact.engine
+    openers = [name for name in runtimes if _opens(name, subject.artifact)]
+    if not openers:
+        name = engine.flavor if engine is not None and engine.flavor in RUNTIMES else runtimes[0]
+        reason = f"{name} was not asked for" if name not in runtimes else RUNTIMES[name].refuses(subject.artifact)
+        yield name, RUNTIMES[name].DEVICES[0], reason
+    for name in openers:
         runtime = RUNTIMES[name]
-        if subject.artifact.engine is not None and subject.artifact.engine.flavor == name:
-            yield name, "cuda"
-        elif runtime.refuses(subject.artifact) is None:
-            usable = [device for device in runtime.DEVICES if device in devices and runtime.unavailable(device) is None]
-            yield from ((name, device) for device in usable or runtime.DEVICES[:1])
+        reasons = {device: runtime.unavailable(device) for device in runtime.DEVICES if device in devices}
+        usable = [device for device, reason in reasons.items() if reason is None]
+        yield from ((name, device, None) for device in usable)
+        if not usable:
+            device = next(iter(reasons), runtime.DEVICES[0])
+            yield name, device, reasons.get(device, f"{device} was not asked for")
+
+
+def _opens(name: str, artifact: Artifact) -> bool:
+    """Whether the artifact is this runtime's; an engine is, even where its GPU is missing."""
+    return artifact.engine.flavor == name if artifact.engine is not None else RUNTIMES[name].refuses(artifact) is None
 
 
 def _measure_cell(cell: Cell, files: dict[str, str], outputs: Path) -> tuple[Row, Array | None]:
     row = _empty_row(cell)
     engine = cell.subject.artifact.engine
     try:
-        reason = RUNTIMES[cell.runtime].unavailable(cell.device)
-        if reason:
-            return replace(row, reason=reason), None
+        if cell.reason is not None:
+            return replace(row, reason=cell.reason), None
         if engine is not None and _profile(engine, cell.batch) is None:
             return replace(row, reason=f"no profile of the engine takes batch {cell.batch}"), None
         request = Request(
@@ -187,21 +217,21 @@ def _empty_row(cell: Cell) -> Row:
         precision=subject.precision,
         file_bytes=subject.artifact.size_bytes,
         weights_bytes=engine.weights_bytes if engine else subject.weights_bytes,
-        activation_bytes=_planned(profile, subject.activation_bytes, cell.batch),
+        activation_bytes=_planned(subject, profile, cell.batch),
     )
 
 
-def _planned(profile: int | None, activation_bytes: int | None, batch: int) -> int | None:
-    """Planned activations: the engine's own figure for its profile, else linear in the batch."""
-    if profile is not None:
-        return profile
-    return activation_bytes * batch if activation_bytes is not None else None
+def _planned(subject: Subject, profile: Profile | None, batch: int) -> int | None:
+    """Planned activations: of an engine its profile's, of a graph the plan, which is linear in the batch."""
+    if subject.artifact.engine is not None:
+        return profile.activation_bytes if profile is not None else None
+    return subject.activation_bytes * batch if subject.activation_bytes is not None else None
 
 
-def _profile(engine: EngineInfo, batch: int) -> int | None:
-    """Activation bytes of the smallest profile that takes this batch; None when none does."""
-    fitting = [p.activation_bytes or 0 for p in engine.profiles if p.batches[0] <= batch <= p.batches[1]]
-    return min(fitting, default=None)
+def _profile(engine: EngineInfo, batch: int) -> Profile | None:
+    """The smallest profile that takes this batch; None when none does."""
+    fitting = [profile for profile in engine.profiles if profile.batches[0] <= batch <= profile.batches[1]]
+    return min(fitting, key=lambda profile: profile.batches[1], default=None)
 
 
 def _filled(row: Row, found: Measurement) -> Row:
@@ -220,14 +250,14 @@ def _filled(row: Row, found: Measurement) -> Row:
     )
 
 
-def _judge(row: Row, outputs: Array, expected: Array, labels: Array | None) -> Row:
-    classes = outputs.ndim == 2 and outputs.shape == expected.shape
-    return replace(
-        row,
-        top1=top1(outputs, labels) if classes and labels is not None else None,
-        agreement=agreement(outputs, expected) if classes else None,
-        sqnr_db=_finite(sqnr_db(outputs, expected)) if outputs.shape == expected.shape else None,
-    )
+def _judge(row: Row, outputs: Array, expected: Array | None, labels: Array | None) -> Row:
+    """The row with accuracy by the labels, and agreement with the reference where that could be measured."""
+    if outputs.ndim == 2 and labels is not None:
+        row = replace(row, top1=top1(outputs, labels))
+    if expected is None or outputs.shape != expected.shape:
+        return row
+    same = agreement(outputs, expected) if outputs.ndim == 2 else None
+    return replace(row, agreement=same, sqnr_db=_finite(sqnr_db(outputs, expected)))
 
 
 def _finite(value: float) -> float | None:

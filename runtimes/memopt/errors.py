@@ -57,3 +57,22 @@ class OutOfResource(MemoptError):
     """Memory, disk or time ran out, or a stated limit would be passed."""
 
     exit_code = 6
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, or the kind of error where there is none.
+
+    >>> first_line(ValueError("bad magic")), first_line(MemoryError())
+    ('bad magic', 'MemoryError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters made visible, so that a file's content cannot steer a terminal.
+
+    >>> printable("a\x1b[31mb")
+    'a\\x1b[31mb'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

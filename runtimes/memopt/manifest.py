@@ -28,6 +28,12 @@ class Profile:
     max: dict[str, tuple[int, ...]]
     activation_bytes: int | None = None
 
+    def __post_init__(self) -> None:
+        shapes = [list(each.values()) for each in (self.min, self.opt, self.max)]
+        alike = self.min.keys() == self.opt.keys() == self.max.keys()
+        if not self.min or not alike or not all(shape and min(shape) >= 0 for each in shapes for shape in each):
+            raise IntegrityError(f"a profile has no shapes, or unlike ones: {self.min}, {self.opt}, {self.max}")
+
     @property
     def batches(self) -> tuple[int, int]:
         """Smallest and largest batch, read off the first input."""
@@ -70,7 +76,7 @@ class VariantMemory:
     """Static numbers of a variant and the points measured when it was built."""
 
     file_bytes: int
-    weights_bytes: int
+    weights_bytes: int | None
     activation_bytes: int | None  # planned peak at batch 1
     measured: tuple[MemoryPoint, ...] = ()
 
@@ -156,8 +162,8 @@ class Manifest:
             if not re.fullmatch(r"[0-9a-f]{64}", file.sha256) or file.size_bytes < 0:
                 raise IntegrityError(f"file {file.path!r} has no valid size and sha256")
         ids = {variant.id for variant in self.variants}
-        if self.golden is not None and not ids == set(self.golden.outputs) == set(self.golden.atol):
-            raise IntegrityError("the golden outputs are not those of the variants")
+        if self.golden is not None:
+            self._check_golden(self.golden, ids)
         for variant in self.variants:
             if variant.source is not None and variant.source not in ids:
                 raise IntegrityError(
@@ -170,6 +176,13 @@ class Manifest:
             if variant.id == variant_id:
                 return variant
         raise IntegrityError(f"no variant {variant_id!r}", hint="one of " + ", ".join(v.id for v in self.variants))
+
+    def _check_golden(self, golden: Golden, ids: set[str]) -> None:
+        """Golden samples speak of every variant and every tensor, and of nothing else."""
+        inputs, outputs = ({spec.name for spec in specs} for specs in (self.inputs, self.outputs))
+        complete = all(set(paths) == outputs for paths in golden.outputs.values()) and set(golden.inputs) == inputs
+        if not ids == set(golden.outputs) == set(golden.atol) or not complete:
+            raise IntegrityError("the golden outputs are not those of the variants")
 
     def _references(self) -> list[str]:
         named = [self.labels]

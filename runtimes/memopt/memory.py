@@ -25,7 +25,7 @@ class HostMemory:
 
     private_bytes: int | None  # anonymous pages
     file_backed_bytes: int | None  # resident pages of mapped files, shared memory included
-    shared_bytes: int | None  # PSS: resident pages, each divided by the processes that map it
+    proportional_bytes: int | None  # PSS: resident pages, each divided by the processes that map it
     peak_bytes: int | None  # highest RSS since the last reset
     method: str
 
@@ -34,7 +34,7 @@ class HostMemory:
         return HostMemory(
             _difference(self.private_bytes, baseline.private_bytes),
             _difference(self.file_backed_bytes, baseline.file_backed_bytes),
-            _difference(self.shared_bytes, baseline.shared_bytes),
+            _difference(self.proportional_bytes, baseline.proportional_bytes),
             _difference(self.peak_bytes, baseline.resident_bytes),
             self.method,
         )
@@ -66,10 +66,6 @@ class Bill:
 
     phases: dict[str, HostMemory] = field(default_factory=dict)
     device: DeviceMemory = DeviceMemory()
-
-    def private_bytes(self, phase: str = "steady") -> int | None:
-        """Private memory above the baseline in this phase."""
-        return self.phases[phase].private_bytes if phase in self.phases else None
 
 
 def read_host_memory() -> HostMemory:

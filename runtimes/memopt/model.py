@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
 from memopt.accuracy import softmax
-from memopt.batching import LARGEST_BATCH, BatchFit, largest_batch, memory_line, run_in_batches
+from memopt.batching import LARGEST_BATCH, BatchFit, largest_batch, memory_curve, run_in_batches
 from memopt.bundle import Bundle, open_bundle
 from memopt.choice import Choice, choose
-from memopt.errors import InputRefused
-from memopt.memory import Bill, read_host_memory
+from memopt.errors import InputRefused, OutOfResource
+from memopt.memory import Bill, DeviceMemory, read_host_memory
 from memopt.preprocess import prepare, prepare_file
 from memopt.runtimes import RUNTIMES
 from memopt.sizes import parse_size
 from memopt.tensors import Array, TensorSpec
+
+_PICTURES_AT_ONCE = 32  # prepared and run together by `predict`
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Model:
         self._bundle = bundle
         self._choice = choice
         self._session = runtime.open(bundle.artifact(choice.variant.id), device=choice.device, threads=threads)
-        self._loaded = read_host_memory().above(self._baseline)
+        self._loaded = replace(read_host_memory().above(self._baseline), peak_bytes=None)
         self._batch = self._engine_batch() or LARGEST_BATCH
 
     @property
@@ -135,9 +137,12 @@ class Model:
         """
         if not pictures:
             return []
-        prepared = np.concatenate([self._prepare(picture) for picture in pictures])
-        logits = self.run(None, {self.inputs[0].name: prepared})[0]
-        return [self._best(row, topk) for row in softmax(logits)]
+        found, at_once = [], min(self._batch, _PICTURES_AT_ONCE)
+        for start in range(0, len(pictures), at_once):
+            prepared = np.concatenate([self._prepare(picture) for picture in pictures[start : start + at_once]])
+            logits = self.run(None, {self.inputs[0].name: prepared})[0]
+            found += [self._best(row, topk) for row in softmax(logits)]
+        return found
 
     def fit_batch(self, limit: str | int) -> BatchFit:
         """The largest batch whose memory stays within `limit` (see `load`); from now on larger inputs are split.
@@ -145,16 +150,22 @@ class Model:
         Raises:
             OutOfResource: not even batch 1 fits.
         """
-        line = memory_line(self._choice.variant, runtime=self._choice.runtime, device=self._choice.device)
-        fit = largest_batch(line, parse_size(limit), most=self._engine_batch() or LARGEST_BATCH)
+        curve = memory_curve(self._choice.variant, runtime=self._choice.runtime, device=self._choice.device)
+        if curve is None:
+            raise OutOfResource(f"what {self.variant} needs is not known", hint="pack it again with measured memory")
+        fit = largest_batch(curve, parse_size(limit))
         self._batch = fit.batch
         return fit
 
     def memory(self) -> Bill:
-        """The bill of this session: host memory above what the process held before the model was opened."""
-        return Bill(
-            {"import": self._baseline, "load": self._loaded, "steady": read_host_memory().above(self._baseline)}
-        )
+        """The bill of this session: host memory above what the process held before the model was opened.
+
+        It counts whatever else the process has allocated since. The peak is unknown: it would be the process's, not
+        the model's.
+        """
+        steady = replace(read_host_memory().above(self._baseline), peak_bytes=None)
+        device = DeviceMemory(allocator_bytes=self._session.device_bytes, method="the session's own account")
+        return Bill({"import": self._baseline, "load": self._loaded, "steady": steady}, device)
 
     def close(self) -> None:
         """Frees the session; a later run raises BackendError. Closing twice is harmless."""
@@ -182,5 +193,5 @@ class Model:
 
     def _best(self, probabilities: Array, topk: int) -> list[Prediction]:
         best = np.argsort(-probabilities, kind="stable")[:topk]
-        labels = self.labels or tuple(str(i) for i in range(len(probabilities)))
+        labels = self.labels if len(self.labels) == len(probabilities) else [str(i) for i in range(len(probabilities))]
         return [Prediction(labels[i], float(probabilities[i])) for i in best]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.artifact import Artifact
-from memopt.errors import BackendError, InputRefused, OutOfResource
+from memopt.errors import BackendError, InputRefused, OutOfResource, first_line
 from memopt.tensors import Array, TensorSpec, check_feeds
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def open(artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> OrtSes
     model = str(artifact.path) if artifact.path else bytes(artifact.data)
     try:
         session = onnxruntime.InferenceSession(model, options, providers=[PROVIDERS[device]])
-    except _library_errors() as error:
+    except library_errors() as error:
         raise _as_ours(error, f"onnxruntime cannot open {artifact.name}") from error
     if session.get_providers()[0] != PROVIDERS[device]:
         raise BackendError(f"onnxruntime fell back to {session.get_providers()[0]}, {PROVIDERS[device]} was asked for")
@@ -102,6 +102,7 @@ class OrtSession:
         self.outputs = tuple(_spec(value) for value in session.get_outputs())
         self._output_names = [spec.name for spec in self.outputs]
         self.placement: str = session.get_providers()[0]
+        self.device_bytes: int | None = None
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs, in order; see `memopt.session.Session.run`."""
@@ -111,7 +112,7 @@ class OrtSession:
         check_feeds(self.inputs, feeds)
         try:
             return [np.asarray(output) for output in session.run(self._output_names, dict(feeds))]
-        except _library_errors() as error:
+        except library_errors() as error:
             raise _as_ours(error, f"onnxruntime failed in {self._artifact.name}") from error
 
     def close(self) -> None:
@@ -145,7 +146,7 @@ def _no_driver() -> str | None:
 
 
 @cache
-def _library_errors() -> tuple[type[Exception], ...]:
+def library_errors() -> tuple[type[Exception], ...]:
     """The library's exceptions, which share no base class but Exception."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -153,7 +154,7 @@ def _library_errors() -> tuple[type[Exception], ...]:
 
 
 def _as_ours(error: Exception, what: str) -> Exception:
-    text = str(error).strip().splitlines()[0]
+    text = first_line(error)
     if "alloc" in text.lower() and "fail" in text.lower():
         return OutOfResource(f"{what}: out of memory: {text}")
     return (

@@ -24,6 +24,10 @@ class Session(Protocol):
     def placement(self) -> str:
         """Where the work really runs, as the library says it, such as "CPUExecutionProvider"."""
 
+    @property
+    def device_bytes(self) -> int | None:
+        """What the session holds on the device by its own account; None when it cannot tell."""
+
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs, in order. The arrays belong to the caller.
 

@@ -62,7 +62,12 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return _read_union(arguments, value, where)
     if origin is tuple:
         items = _expect(list, value, where)
-        return tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+        kinds = arguments[:1] * len(items) if arguments[-1] is Ellipsis else arguments
+        if len(items) != len(kinds):
+            raise IntegrityError(f"{where}: expected {len(kinds)} values, got {len(items)}")
+        return tuple(
+            _read(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(zip(kinds, items, strict=True))
+        )
     if origin is dict:
         entries = _expect(dict, value, where)
         return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in entries.items()}

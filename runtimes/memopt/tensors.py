@@ -56,6 +56,10 @@ class TensorSpec:
 
     def check(self, array: Array) -> None:
         """Raises InputRefused, naming expected and got, unless dtype, rank and fixed dimensions agree."""
+        if not isinstance(array, np.ndarray):
+            raise InputRefused(
+                f"input {self.name!r} expects an array, got {type(array).__name__}", hint="np.asarray(x)"
+            )
         if array.dtype.name != self.dtype:
             raise InputRefused(f"input {self.name!r} expects {self.dtype}, got {array.dtype.name}",
                                hint=f"x.astype({self.dtype!r})")  # fmt: skip

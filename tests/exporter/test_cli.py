@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 
 from memopt_export import cli
 from memopt_export.graph import Graph, save_graph
+from memopt_export.pack import Contents, pack
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ REFUSED = [
     (("run", "tiny.mopt", "none.png", "--memory-limit", "1MiB"), 6, "nothing fits into 1.00 MiB"),
     (("compare", "tiny.onnx", "--runtimes", "tvm", "--data", "data.npz"), 2, "runtime 'tvm' is not known"),
     (("compare", "tiny.onnx", "--data", "none.npz"), 3, "none.npz"),
+    (("compare", "tiny.onnx", "--data", "data.npz", "--devices", "gpu"), 2, "device 'gpu' is not known"),
+    (("pack", "tiny.onnx", "--labels", "other.txt", "-o", "x.mopt"), 3, "1 labels for 3 classes"),
     (("export", "none.safetensors", "-o", "x.onnx"), 3, "none.safetensors"),
     (("export", "other.txt", "-o", "x.onnx"), 3, "other.txt"),
     (("export", "no.such:module", "--data", "digits", "-o", "x.onnx"), 2, "no.such"),
@@ -193,15 +197,18 @@ def test_the_way_of_one_model(type_: Callable[..., Answer], folder: Path, tmp_pa
     assert planned["plans"][1]["activation_bytes"] == 8 * planned["plans"][0]["activation_bytes"]
     assert planned["largest_batch"] >= 8
     parts = (model, tmp_path / "int8.onnx", tmp_path / "fp16.onnx", tmp_path / "fp16.engine")
-    packed = document("pack", *parts[:3], "--name", "tiny", *data, "-o", tmp_path / "tiny.mopt")
-    assert packed["variants"] == ["tiny", "int8", "fp16"]
+    packed = document("pack", *parts, "--name", "tiny", *data, "-o", tmp_path / "tiny.mopt")
+    assert packed["variants"] == ["tiny", "int8", "fp16", "fp16-rtx"]
     assert document("inspect", tmp_path / "tiny.mopt")["kind"] == "memopt bundle"
     verified = document("verify", tmp_path / "tiny.mopt", "--run")
-    assert len(verified["replays"]) == 3
+    held = [replay["variant"] for replay in verified["replays"] if not replay["excused"]]
+    assert set(held) >= {"tiny", "int8", "fp16"}
     words = ("compare", tmp_path / "tiny.mopt", *data, "--batch", 2, "--runtimes", "onnxruntime", "--devices", "cpu")
     compared = document(*words)
-    assert [row["name"] for row in compared["rows"]] == ["tiny", "int8", "fp16"]
-    assert all(row["private_bytes"] and row["p50_ms"] for row in compared["rows"])
+    *measured, engine = compared["rows"]
+    assert [row["name"] for row in measured] == ["tiny", "int8", "fp16"]
+    assert all(row["private_bytes"] and row["p50_ms"] for row in measured)
+    assert engine["reason"] == "tensorrt-rtx was not asked for"
 
 
 def test_pictures_are_classified(type_: Callable[..., Answer], folder: Path, picture: Path) -> None:
@@ -222,6 +229,66 @@ def test_verification_that_differs_exits_with_one(
     assert answer.code == 1
     assert "outputs differ" in answer.out
     assert "gives other outputs here" in answer.err
+
+
+def test_a_variant_that_cannot_be_opened_does_not_hold(
+    type_: Callable[..., Answer], tiny_contents: Contents, tmp_path: Path
+) -> None:
+    pack(tiny_contents, tmp_path / "x", form="dir")
+    graph = tmp_path / "x" / "variants" / "small" / "graph.onnx"
+    garbage = bytes(len(graph.read_bytes()))
+    before = hashlib.sha256(graph.read_bytes()).hexdigest()
+    graph.write_bytes(garbage)
+    manifest = tmp_path / "x" / "memopt.json"
+    manifest.write_text(manifest.read_text().replace(before, hashlib.sha256(garbage).hexdigest()))
+    answer = type_("verify", tmp_path / "x", "--run")
+    assert answer.code == 1
+    assert "onnxruntime cannot open small" in answer.out
+
+
+def test_what_a_bundle_holds_does_not_steer_the_terminal(
+    type_: Callable[..., Answer], tiny_contents: Contents, tmp_path: Path, picture: Path
+) -> None:
+    labels = ("\x1b]0;owned\x07", "\x1b[31mred", "two")
+    pack(replace(tiny_contents, labels=labels), tmp_path / "x.mopt")
+    for words in (("run", tmp_path / "x.mopt", picture, "--device", "cpu"), ("inspect", tmp_path / "x.mopt")):
+        answer = type_(*words)
+        assert answer.code == 0
+        assert "\x1b" not in answer.out + answer.err
+
+
+def test_a_no_without_a_result_is_a_document_with_json(
+    type_: Callable[..., Answer], folder: Path, tmp_path: Path
+) -> None:
+    words = (
+        "train",
+        "--learning-rate",
+        "1e30",
+        "--epochs",
+        1,
+        "--threads",
+        1,
+        "-o",
+        tmp_path / "x.safetensors",
+        "--json",
+    )
+    answer = type_(*words)
+    assert answer.code == 1
+    assert json.loads(answer.out)["error"]["exit_code"] == 1
+
+
+def test_a_checkpoint_cannot_name_code_to_run(type_: Callable[..., Answer], tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "canary.py").write_text("import pathlib\npathlib.Path('sung').touch()\ndef data(): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert type_("train", "--epochs", 1, "--threads", 1, "-o", "x.safetensors").code == 0
+    data = (tmp_path / "x.safetensors").read_bytes()
+    named = data.replace(b'\\"data\\": \\"digits\\"', b'\\"data\\": \\"a:bcde\\"')
+    assert named != data
+    (tmp_path / "x.safetensors").write_bytes(named)
+    answer = type_("export", "x.safetensors", "-o", "x.onnx")
+    assert answer.code == 2
+    assert "names no data set; hint: --data SPEC" in answer.err
 
 
 def test_doctor_says_what_works_and_why_another_does_not(type_: Callable[..., Answer]) -> None:

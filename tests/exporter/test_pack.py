@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import pytest
 
 from memopt.archive import PAGE
 from memopt.bundle import open_bundle
-from memopt.errors import InputRefused, UsageError
+from memopt.errors import InputRefused, IntegrityError, UsageError
 from memopt.manifest import EngineInfo, Profile
 from memopt.tensors import Array
 from memopt_export.external_weights import SMALLEST_FILE_BYTES, split
-from memopt_export.graph import Graph, load_graph
-from memopt_export.pack import Contents, EnginePart, OnnxPart, pack, run_graph
+from memopt_export.graph import Graph, load_graph, run_graph
+from memopt_export.pack import Contents, EnginePart, OnnxPart, pack
 
 PROFILE = Profile({"input": (1, 1, 8, 8)}, {"input": (1, 1, 8, 8)}, {"input": (4, 1, 8, 8)}, 4096)
 
@@ -67,6 +68,25 @@ def test_variants_have_the_same_inputs_and_safe_names(tiny_contents: Contents, t
         replace(tiny_contents, parts=(tiny_contents.parts[0], OnnxPart("other", "tiny", tiny_graph.with_model(model))))
     with pytest.raises(UsageError, match="cannot name a variant"):
         Contents("x", (OnnxPart("../x", "tiny", tiny_graph),))
+
+
+def test_labels_are_as_many_as_classes_and_variants_are_called_once(tiny_contents: Contents) -> None:
+    with pytest.raises(InputRefused, match="2 labels for 3 classes"):
+        replace(tiny_contents, labels=("zero", "one"))
+    with pytest.raises(UsageError, match="two variants are called 'large'; hint: rename one"):
+        replace(tiny_contents, parts=(tiny_contents.parts[0], tiny_contents.parts[0]))
+
+
+def test_an_engines_bytes_are_checked_even_when_verification_is_off(
+    tiny_contents: Contents, tmp_path: Path, flipped: Callable
+) -> None:
+    path = tmp_path / "x.mopt"
+    pack(replace(tiny_contents, parts=(*tiny_contents.parts, engine_part(tiny_contents.graphs[0]))), path)
+    data = path.read_bytes()
+    path.write_bytes(flipped(data, data.index(b"engine bytes"), 0))
+    bundle = open_bundle(path, verify="off")
+    with pytest.raises(IntegrityError, match=r"large-rtx/model\.engine is damaged"):
+        bundle.artifact("large-rtx")
 
 
 def test_an_output_that_exists_is_kept(tiny_contents: Contents, tiny_bundle: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,6 +85,33 @@ def test_a_work_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
         made(Stages(tmp_path / "file" / "work", lambda stage: None, lambda outcome: None))
 
 
+def test_a_full_disk_inside_a_stage_is_out_of_resource(stages: Stages) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutOfResource, match="No space left on device; hint: --work DIR"):
+        stages.run("stage one", {}, fail)
+    assert not list(stages.root.iterdir())
+
+
+def test_what_a_killed_run_left_behind_is_swept_and_a_living_ones_is_not(stages: Stages) -> None:
+    stages.root.mkdir(parents=True)
+    (stages.root / ".making-999999999-x").mkdir()
+    (stages.root / f".making-{os.getpid()}-x").mkdir()
+    made(stages)
+    left = sorted(path.name for path in stages.root.iterdir() if path.name.startswith("."))
+    assert left == [f".making-{os.getpid()}-x"]
+
+
+def test_of_two_runs_at_once_the_faster_ones_stage_stays(stages: Stages) -> None:
+    def meanwhile(folder: Path) -> None:
+        made(stages)
+        (folder / "out.txt").write_text("a")
+
+    assert stages.run("stage one", {"x": 1}, meanwhile).read("out.txt") == b"a"
+    assert made(stages).cached
+
+
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_recipe_is_a_job(name: str) -> None:
     job = read_job(name)
@@ -105,13 +134,29 @@ def test_every_shipped_recipe_is_a_job(name: str) -> None:
         ("[train]\nnetwork = 'x'\nhow = { epochs = 'three' }", UsageError, "expected int, got str"),
         ("[prune]\nratio = 1.5", UsageError, "ratio is 1.5"),
         ("[quantize]\nrecipes = ['int3']", UsageError, "precision 'int3' is not known"),
+        ("[quantize]\nrecipes = ['int8', 'int8']", UsageError, "each once"),
+        ("[quantize]\nrecipes = ['fp32']", UsageError, "fp32 comes by itself"),
+        ("[quantize]\nsamples = 0", UsageError, "samples is 0"),
+        ("[compare]\nbatches = [0]", UsageError, r"compare.batches is \[0\]"),
+        ("[compare]\nruntimes = ['tvm']", UsageError, "runtime 'tvm' is not known"),
+        ("[engine]\nprecisions = ['fp7']\nhow = { flavor = 'tensorrt', targets = ['local'] }", UsageError, "'fp7'"),
+        (
+            "[engine]\nhow = { flavor = 'tensorrt', targets = ['local'], batches = [[1, 8]] }",
+            UsageError,
+            "3 values, got 2",
+        ),
+        (
+            "name = '../x'\ndata = 'digits'\n[train]\nnetwork = 'ds_cnn'\nhow = { epochs = 1 }",
+            UsageError,
+            "name is '../x'",
+        ),
         ("[engine]\nhow = { flavor = 'tensorrt-rtx', targets = ['sm99'] }", UsageError, "sm99"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_the_place(tmp_path: Path, text: str, kind: type, said: str) -> None:
     path = tmp_path / "job.toml"
     base = "" if "name" in text else "name = 'x'\ndata = 'digits'\n"
-    base += "" if "[train]" in text or "name" in text else "train = { network = 'x', how = { epochs = 1 } }\n"
+    base += "" if "[train]" in text or "name" in text else "train = { network = 'ds_cnn', how = { epochs = 1 } }\n"
     path.write_text(base + text)
     with pytest.raises(kind, match=said):
         read_job(str(path))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from memopt.bundle import MANIFEST, open_bundle
-from memopt.errors import InputRefused, IntegrityError, MemoptError
+from memopt.errors import InputRefused, IntegrityError, MemoptError, UsageError
 from memopt_export.pack import Contents, pack
 
 
@@ -95,6 +96,35 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path, make: Callable, kind: type
     make(path)
     with pytest.raises(kind, match=said):
         open_bundle(path)
+
+
+def test_an_unknown_way_to_verify_is_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="verify is 'Full'; hint: full or off"):
+        open_bundle(tiny_bundle, verify="Full")
+
+
+def test_a_huge_manifest_is_refused_before_it_is_read(folder: Path) -> None:
+    with (folder / MANIFEST).open("wb") as file:
+        file.truncate(700 * 2**20)
+    tracemalloc.start()
+    with pytest.raises(IntegrityError, match="its manifest has 734003200 bytes"):
+        open_bundle(folder)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_labels_that_are_no_text_are_refused(folder: Path) -> None:
+    (folder / "assets" / "labels.txt").write_bytes(b"zero\none\n\xfftw\n"[:13])
+    bundle = open_bundle(folder, verify="off")
+    with pytest.raises(IntegrityError, match="is not UTF-8"):
+        _ = bundle.labels
+
+
+def test_preprocessing_that_could_never_run_is_refused_at_once(folder: Path) -> None:
+    manifest = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(manifest.replace('"op": "resize"', '"op": "explode"'))
+    with pytest.raises(IntegrityError, match="explode"):
+        open_bundle(folder)
 
 
 def test_the_manifest_itself_is_checked(folder: Path) -> None:

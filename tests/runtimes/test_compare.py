@@ -11,6 +11,7 @@ from memopt.compare import cells, compare, subjects
 from memopt.errors import BackendError, InputRefused, OutOfResource, UsageError
 from memopt.probe import Request, measure
 from memopt.report import Report, columns_of, read_report
+from memopt.runtimes import RUNTIMES
 from memopt.tensors import Array
 
 
@@ -60,10 +61,45 @@ def test_a_report_survives_json_and_becomes_markdown(report: Report) -> None:
     assert "Device" not in columns_of(report)
 
 
+def test_a_reference_that_cannot_be_measured_is_replaced_by_nobody(
+    tiny_bundle: Path, tmp_path: Path, tiny_inputs: Array
+) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"not a model")
+    todo = cells(subjects([broken, tiny_bundle]), batches=(2,), runtimes=("onnxruntime",), devices=("cpu",))
+    labels = np.zeros(len(tiny_inputs), np.int64)
+    found = compare(todo, {"input": tiny_inputs}, labels, reference="broken.onnx")
+    assert [row.agreement for row in found.rows] == [None, None, None]
+    assert found.rows[1].top1 is not None
+
+
+def test_files_of_one_name_are_told_apart_by_their_paths(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.mopt"
+    copy.write_bytes(tiny_bundle.read_bytes())
+    names = [subject.name for subject in subjects([tiny_bundle, copy])]
+    assert names == [f"{path}:{name}" for path in (tiny_bundle, copy) for name in ("large", "small")]
+
+
+def test_what_nothing_opens_or_no_device_takes_keeps_its_row_and_reason(tiny_bundle: Path) -> None:
+    found = subjects([tiny_bundle])
+    foreign = cells(found, batches=(1,), runtimes=("torch",))
+    assert {cell.reason for cell in foreign} == {"torch opens .pt2, not .onnx"}
+    elsewhere = cells(found, batches=(1,), runtimes=("onnxruntime",), devices=("cuda",))
+    if RUNTIMES["onnxruntime"].unavailable("cuda") is None:
+        assert {(cell.device, cell.reason) for cell in elsewhere} == {("cuda", None)}
+    else:
+        assert {cell.device for cell in elsewhere} == {"cuda"}  # never the CPU in its place
+        assert all(cell.reason for cell in elsewhere)
+
+
 def test_impossible_questions_are_refused(tiny_bundle: Path, tiny_inputs: Array) -> None:
     found = subjects([tiny_bundle])
     with pytest.raises(UsageError, match="runtime 'tvm' is not known"):
         cells(found, batches=(1,), runtimes=("tvm",))
+    with pytest.raises(UsageError, match="device 'gpu' is not known; hint: one of cpu, cuda"):
+        cells(found, batches=(1,), devices=("gpu",))
+    with pytest.raises(UsageError, match="nothing to compare"):
+        cells([], batches=(1,))
     with pytest.raises(UsageError, match="batch is 0"):
         cells(found, batches=(0,))
     with pytest.raises(UsageError, match="reference 'x' is not among"):

@@ -17,8 +17,7 @@ from memopt.errors import BackendError, InputRefused, UsageError
 from memopt.runtimes import RUNTIMES, runtime
 from memopt.session import Runtime, Session
 from memopt.tensors import Array, TensorSpec, check_feeds
-from memopt_export.graph import Graph, save_graph
-from memopt_export.pack import run_graph
+from memopt_export.graph import Graph, run_graph, save_graph
 
 
 class FakeSession:
@@ -27,6 +26,7 @@ class FakeSession:
     inputs = (TensorSpec("input", "float32", ("batch", 1, 8, 8)),)
     outputs = (TensorSpec("logits", "float32", ("batch", 3)),)
     placement = "numpy"
+    device_bytes: int | None = None
     closed = False
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
@@ -166,6 +166,7 @@ def test_arrays_that_are_not_contiguous_run(session: Session, tiny_inputs: Array
 @pytest.mark.parametrize(
     ("feeds", "said"),
     [
+        ({"input": [[1.0]]}, "expects an array, got list"),
         ({}, r"inputs are \[\], the model expects \['input'\]"),
         ({"x": np.zeros((1, 1, 8, 8), np.float32)}, r"inputs are \['x'\]"),
         ({"input": np.zeros((1, 1, 8, 8))}, "expects float32, got float64"),
