@@ -22,7 +22,7 @@ from memopt.artifact import Artifact, open_artifact
 from memopt.batching import run_in_batches
 from memopt.bundle import open_bundle
 from memopt.errors import BackendError, InputRefused, MemoptError, OutOfResource
-from memopt.memory import Bill, DeviceMemory, read_host_memory, reset_peak
+from memopt.memory import Bill, DeviceMemory, give_back, read_host_memory, reset_peak
 from memopt.runtimes import RUNTIMES
 from memopt.session import Session
 from memopt.strict_json import from_json, to_json
@@ -113,6 +113,7 @@ def _measure_here(request: Request) -> Measurement:
     artifact = open_any(Path(request.path), request.variant)
     runtime.load_library()
     device_before = _device_used(request.device)
+    give_back()
     reset_peak()
     baseline = read_host_memory()
     started = time.perf_counter()

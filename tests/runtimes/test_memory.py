@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -53,6 +54,27 @@ def test_known_amounts_are_found_within_a_mebibyte(found: dict[str, list[int]]) 
 def test_the_peak_outlives_what_was_freed(found: dict[str, list[int]]) -> None:
     assert found["after"][0] == pytest.approx(0, abs=MIB)
     assert found["after"][2] == pytest.approx(64 * MIB, abs=2 * MIB)
+
+
+FREED = """
+import sys
+from memopt.memory import give_back, read_host_memory
+freed = [bytes(2000) for _ in range(10_000)]  # 20 MB of heap, then holes
+kept = freed[::100]
+del freed
+if sys.argv[1] == "yes": give_back()
+before = read_host_memory()
+held = [bytes(2000) for _ in range(9_000)]
+print(read_host_memory().above(before).private_bytes)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this libc has no malloc_trim")
+def test_room_left_by_what_was_freed_hides_nothing_after_it_is_given_back() -> None:
+    command = [sys.executable, "-c", FREED]
+    hidden, found = (int(subprocess.check_output([*command, word])) for word in ("no", "yes"))
+    assert hidden < 4 * MIB
+    assert found > 14 * MIB
 
 
 def test_what_cannot_be_read_is_unknown_and_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
