@@ -103,12 +103,11 @@ def simple_cnn(
     """
     from torch import nn
 
-    height, width = (size, size) if isinstance(size, int) else size
-    _check_positive(classes=classes, in_channels=in_channels, hidden=hidden, height=height, width=width)
-    if len(channels) != 2:
-        raise UsageError(f"simple_cnn has two convolutions, channels are {list(channels)}", hint="channels = [16, 32]")
-    first, second = channels
-    _check_positive(channels=min(channels))
+    _check_positive(classes=classes, in_channels=in_channels, hidden=hidden)
+    first, second = _pair("channels", channels, hint="channels = [16, 32]")
+    height, width = _pair("size", [size, size] if isinstance(size, int) else size, hint="size = [28, 28]")
+    if min(height, width) < 4:
+        raise UsageError(f"size is {[height, width]}, two poolings leave nothing of it", hint="size = [28, 28]")
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         conv1=nn.Conv2d(in_channels, first, kernel_size=3, padding=1),
         relu1=nn.ReLU(),
@@ -152,10 +151,11 @@ def torchvision_classifier(name: str, *, classes: int, in_channels: int = 3, **s
     """A torchvision model without pretrained weights, its first convolution made to take `in_channels`."""
     import torchvision
 
+    _check_positive(classes=classes, in_channels=in_channels)
     arguments = {**_TORCHVISION_SETTINGS.get(name, {}), **settings, "weights": None, "num_classes": classes}
     try:
         module: nn.Module = torchvision.models.get_model(name, **arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UsageError(f"network {name!r} cannot be built with {settings}: {error}") from error
     if in_channels != 3:
         _change_first_convolution(module, in_channels)
@@ -194,5 +194,14 @@ def _change_first_convolution(module: nn.Module, in_channels: int) -> None:
 
 def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
-        if not isinstance(number, int) or number < 1:
+        if type(number) is not int or number < 1:  # True is an int, too
             raise UsageError(f"{name} is {number!r}, a positive number is needed")
+
+
+def _pair(name: str, value: Sequence[int], *, hint: str) -> tuple[int, int]:
+    """The two positive numbers that a setting has to be."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise UsageError(f"{name} is {value!r}, two numbers are needed", hint=hint)
+    for number in value:
+        _check_positive(**{name: number})
+    return value[0], value[1]

@@ -55,6 +55,10 @@ def every_layer(width: int = 6, groups: int = 2) -> nn.Module:
     )
 
 
+def divided(by: int) -> nn.Module:
+    return nn.Linear(8 // by, 1)
+
+
 def of_module(module: nn.Module, network: str, **settings: object) -> Checkpoint:
     return Checkpoint(network, dict(settings), snapshot(module), (INPUT,), tuple("0123456789"), (), (), {}, 0)
 
@@ -183,9 +187,24 @@ def test_weights_of_another_network_are_refused_by_name(dense: Checkpoint, stude
         replace(dense, state=kernel).module()
 
 
-def test_settings_that_build_nothing_are_refused(dense: Checkpoint) -> None:
-    with pytest.raises(InputRefused, match="the checkpoint's network cannot be built: network 'simple_cnn' cannot be"):
-        replace(dense, settings={"wings": 2}).module()
+@pytest.mark.parametrize(
+    ("network", "settings", "message"),
+    [
+        ("simple_cnn", {"wings": 2}, "network 'simple_cnn' cannot be"),
+        ("simple_cnn", {"channels": 5}, "channels is 5, two numbers are needed"),
+        ("simple_cnn", {"hidden": 10**30}, ""),
+        ("ds_cnn", {"width": "wide"}, "width is 'wide'"),
+        ("mynets:every_layer", {"width": "wide"}, ""),
+        ("mynets:every_layer", {"width": 7, "groups": 3}, "in_channels must be divisible by groups"),
+        ("mynets:divided", {"by": 0}, "integer division or modulo by zero"),
+    ],
+)
+def test_settings_that_build_nothing_are_refused(
+    network: str, settings: dict[str, object], message: str, dense: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mynets", sys.modules[__name__])
+    with pytest.raises(InputRefused, match=f"the checkpoint's network cannot be built: {message}"):
+        replace(dense, network=network, settings=settings).module()
 
 
 def test_code_is_not_imported_because_a_file_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
