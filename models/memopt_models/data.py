@@ -21,7 +21,9 @@ from memopt_models.dataset import SPLITS, DataSet, Split, make_data, split_by_cl
 from memopt_models.digest import digest_arrays
 from memopt_models.factories import load_factory
 
-__all__ = ["SPLITS", "DataSet", "Samples", "Split", "default_root", "make_data", "open_data", "open_samples"]
+__all__ = [
+    "SPLITS", "DataSet", "Samples", "Split", "default_root", "is_known", "make_data", "open_data", "open_samples",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +43,10 @@ class Samples:
         Raises:
             InputRefused: there are fewer, or `n` is not positive.
         """
-        if not 0 < n <= len(self):
-            raise InputRefused(f"{n} samples asked for, {self.source} has {len(self)}", hint=f"--samples {len(self)}")
-        rows = np.sort(np.random.default_rng(seed).choice(len(self), n, replace=False))
+        return self.pick(_draw_rows(len(self), n, seed=seed, source=self.source))
+
+    def pick(self, rows: Array | slice) -> Samples:
+        """These rows of all arrays; of a slice they are views."""
         labels = None if self.labels is None else self.labels[rows]
         return replace(self, feeds={name: array[rows] for name, array in self.feeds.items()}, labels=labels)
 
@@ -72,16 +75,26 @@ def open_data(spec: str, *, root: Path | None = None, download: bool = True) -> 
         UsageError: no such data.
         InputRefused: the data is missing and cannot be fetched, or it is damaged.
     """
-    if spec in _KNOWN:
-        return _KNOWN[spec](root or default_root(), download=download)
-    if spec.startswith("images:"):
-        return _images(spec)
-    if ":" in spec:
+    if is_known(spec):
+        data = _KNOWN[spec](root or default_root(), download=download)
+    elif spec.startswith("images:"):
+        data = _images(spec)
+    elif ":" in spec:
         data = load_factory(spec)()
         if not isinstance(data, DataSet):
             raise UsageError(f"{spec!r} returned a {type(data).__name__}, not a memopt_models.data.DataSet")
-        return data
-    raise UsageError(f"data {spec!r} is not known", hint=f"{', '.join(_KNOWN)}, images:DIR or pkg.mod:function")
+    else:
+        raise UsageError(f"data {spec!r} is not known", hint=f"{', '.join(_KNOWN)}, images:DIR or pkg.mod:function")
+    return replace(data, spec=spec)
+
+
+def is_known(spec: str) -> bool:
+    """Whether the spec names built-in data: to be asked before opening what only a file, such as a checkpoint, names.
+
+    >>> [is_known(spec) for spec in ("digits", "images:pets", "pkg.mod:function", "x.npz")]
+    [True, False, False, False]
+    """
+    return spec in _KNOWN
 
 
 def open_samples(
@@ -91,30 +104,43 @@ def open_samples(
     inputs: Sequence[TensorSpec],
     root: Path | None = None,
     preprocess: Sequence[Mapping[str, Any]] | None = None,
+    count: int | None = None,
+    at_most: int | None = None,
+    seed: int = 0,
 ) -> Samples:
     """Samples that a model with these inputs can run.
 
     Args:
-        spec: as for `open_data`, or "FILE.npz" with arrays named as the inputs and, if known, "labels".
-        split: "train", "validation" or "test"; an .npz has no splits.
+        spec: as for `open_data`, or "FILE.npz" with arrays named as the inputs and, if known, "labels". Its rows are
+            shuffled, always in the same way: "train" is the first half of them, "validation" the other one; "test" is
+            the whole file, for a file that a user brings to judge a model is there to be judged.
+        split: "train", "validation" or "test".
         inputs: of the model; their first dimension is the batch.
         root: as for `open_data`.
         preprocess: the model's own steps; None takes those of the data set.
+        count: how many samples, drawn as by `Samples.take` but before they are prepared; None takes all.
+        at_most: the same, but a smaller split is taken whole; it goes before `count`.
+        seed: of the draw.
 
     Raises:
         UsageError: no such data or split.
-        InputRefused: the samples do not fit the inputs, or the file is damaged.
+        InputRefused: the samples do not fit the inputs, there are fewer than `count`, or the file is damaged.
     """
-    per_sample = [replace(tensor, shape=("batch", *tensor.shape[1:])) for tensor in inputs]
-    if spec.endswith(".npz"):
-        return _read_npz(Path(spec), per_sample)
     if split not in SPLITS:
         raise UsageError(f"split {split!r} is not known", hint=", ".join(SPLITS))
+    per_sample = [replace(tensor, shape=("batch", *tensor.shape[1:])) for tensor in inputs]
+    if spec.endswith(".npz"):
+        samples = _divide(_read_npz(Path(spec), per_sample), split)
+        wanted = count if at_most is None else min(at_most, len(samples))
+        return samples if wanted is None else samples.take(wanted, seed=seed)
     data = open_data(spec, root=root)
-    chosen = data.splits[split]
+    chosen, source = data.splits[split], f"{data.name}/{split}"
+    wanted = count if at_most is None else min(at_most, len(chosen))
+    if wanted is not None:
+        chosen = chosen.pick(_draw_rows(len(chosen), wanted, seed=seed, source=source))
     feeds = {inputs[0].name: prepare(chosen.images, data.preprocess if preprocess is None else preprocess)}
     check_feeds(per_sample, feeds)
-    return Samples(feeds, chosen.labels, f"{data.name}/{split}")
+    return Samples(feeds, chosen.labels, source)
 
 
 def default_root() -> Path:
@@ -146,6 +172,13 @@ _KNOWN: dict[str, _Opener] = {
 }
 
 
+def _draw_rows(available: int, n: int, *, seed: int, source: str) -> Array:
+    """`n` different rows of the available ones, sorted."""
+    if not 0 < n <= available:
+        raise InputRefused(f"{n} samples asked for, {source} has {available}", hint=f"--samples {available}")
+    return np.sort(np.random.default_rng(seed).choice(available, n, replace=False))
+
+
 def _images(spec: str) -> DataSet:
     match = re.fullmatch(r"images:(.+?)(?:@(\d+)x(\d+))?", spec)
     if match is None:
@@ -172,3 +205,15 @@ def _read_npz(path: Path, inputs: Sequence[TensorSpec]) -> Samples:
     if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
         raise InputRefused(f"{path} has labels {labels.dtype} {labels.shape}", hint="integers, (samples,)")
     return Samples(arrays, None if labels is None else labels.astype(np.int64), path.name)
+
+
+def _divide(samples: Samples, split: str) -> Samples:
+    """The split of samples that nobody has divided, see `open_samples`; the odd one goes to train."""
+    if split == "test":
+        return samples
+    if len(samples) < 2:
+        raise InputRefused(f"{samples.source} has 1 sample, too few to divide into train and validation")
+    rows = np.random.default_rng(0).permutation(len(samples))
+    middle = (len(rows) + 1) // 2
+    chosen = samples.pick(np.sort(rows[:middle] if split == "train" else rows[middle:]))
+    return replace(chosen, source=f"{samples.source}/{split}")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from memopt.errors import InputRefused
+from memopt.strict_json import to_json
 from memopt.tensors import Array, TensorSpec
 from memopt_models.digest import digest_arrays
 
@@ -47,6 +48,7 @@ class DataSet:
     test: Split
     classes: tuple[str, ...]
     preprocess: tuple[dict[str, Any], ...]  # steps of memopt.preprocess
+    spec: str | None = None  # what `open_data` was asked for; None for a set that it did not open
 
     def __post_init__(self) -> None:
         size = self.train.images.shape[1:]
@@ -67,10 +69,11 @@ class DataSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the pictures and labels of all splits, as 64 hex digits."""
+        """sha256 of all that a model is made from, as 64 hex digits: pictures, labels, class names, preprocessing."""
         images = {f"{name}.images": split.images for name, split in self.splits.items()}
         labels = {f"{name}.labels": split.labels for name, split in self.splits.items()}
-        return digest_arrays(images | labels)
+        card = to_json({"classes": self.classes, "preprocess": self.preprocess}).encode()
+        return digest_arrays(images | labels | {"card": np.frombuffer(card, np.uint8)})
 
     @property
     def input_spec(self) -> TensorSpec:

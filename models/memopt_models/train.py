@@ -140,8 +140,9 @@ def data_for(checkpoint: Checkpoint, data: DataSet) -> DataSet:
 
 
 def describe(data: DataSet) -> dict[str, str]:
-    """What a lineage says of the data."""
-    return {"data": data.name, "data_fingerprint": data.fingerprint}
+    """What a lineage says of the data: its name, its fingerprint, and the SPEC that opens it, where it has one."""
+    spec = {} if data.spec is None else {"spec": data.spec}
+    return {"data": data.name, "data_fingerprint": data.fingerprint} | spec
 
 
 def fit_module(

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,17 @@ from hypothesis import strategies as st
 from memopt.errors import InputRefused, UsageError
 from memopt.preprocess import prepare
 from memopt.tensors import TensorSpec
-from memopt_models.data import DataSet, Samples, Split, default_root, make_data, open_data, open_samples
+from memopt_models.data import (
+    SPLITS,
+    DataSet,
+    Samples,
+    Split,
+    default_root,
+    is_known,
+    make_data,
+    open_data,
+    open_samples,
+)
 
 INPUT = TensorSpec("input", "float32", ("batch", 1, 28, 28))
 SAMPLES = Samples({"x": np.arange(20).reshape(10, 2), "y": np.arange(10)}, np.arange(10), "ten")
@@ -25,6 +38,23 @@ def own_data() -> DataSet:
 
 def own_number() -> int:
     return 3
+
+
+@functools.cache
+def large_data() -> DataSet:
+    """600 pictures, 1.8 MB; 7.4 MB as inputs."""
+    images = np.random.default_rng(0).integers(0, 256, (600, 32, 32, 3), np.uint8)
+    return make_data("large", [Split(images, np.arange(600) % 2)] * 3, ("a", "b"))
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """What Python and numpy held at most during the work, above what they held before."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def test_digits_are_divided_class_by_class(digits: DataSet) -> None:
@@ -68,6 +98,19 @@ def test_data_of_the_user_comes_from_a_function(monkeypatch: pytest.MonkeyPatch)
     assert open_data("mydata:own_data").name == "own"
     with pytest.raises(UsageError, match=r"'mydata:own_number' returned a int, not a memopt_models\.data\.DataSet"):
         open_data("mydata:own_number")
+
+
+def test_data_know_the_spec_that_opened_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mydata", sys.modules[__name__])
+    assert [own_data().spec, *(open_data(spec).spec for spec in ("digits", "mydata:own_data"))] == [
+        None, "digits", "mydata:own_data",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", ["mydata:own_data", "images:pets", "x.npz", "", "digits ", "minst"])
+def test_only_built_in_data_is_known_and_asking_opens_nothing(spec: str) -> None:
+    assert not is_known(spec)
+    assert all(is_known(name) for name in ("digits", "mnist", "fashion-mnist", "cifar10"))
 
 
 def test_class_folders_are_data(tmp_path: Path) -> None:
@@ -125,23 +168,91 @@ def test_samples_that_do_not_fit_are_refused(inputs: tuple[TensorSpec, ...], mes
 
 
 def test_unknown_split_is_refused() -> None:
-    with pytest.raises(UsageError, match="split 'val' is not known; hint: train, validation, test"):
-        open_samples("digits", split="val", inputs=(INPUT,))
+    for spec in ("digits", "x.npz"):
+        with pytest.raises(UsageError, match="split 'val' is not known; hint: train, validation, test"):
+            open_samples(spec, split="val", inputs=(INPUT,))
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_count_gives_what_taking_from_the_whole_gives(seed: int) -> None:
+    whole = open_samples("digits", split="test", inputs=(INPUT,))
+    for drawn in (
+        open_samples("digits", split="test", inputs=(INPUT,), count=7, seed=seed),
+        open_samples("digits", split="test", inputs=(INPUT,), at_most=7, seed=seed),
+    ):
+        assert drawn.fingerprint == whole.take(7, seed=seed).fingerprint
+        assert drawn.source == whole.source
+    assert open_samples("digits", split="test", inputs=(INPUT,), at_most=1000).fingerprint == whole.fingerprint
+
+
+@pytest.mark.parametrize("count", [0, 360])
+def test_a_count_that_the_split_has_not_is_refused(count: int) -> None:
+    with pytest.raises(InputRefused, match=f"{count} samples asked for, digits/test has 359; hint: --samples 359"):
+        open_samples("digits", split="test", inputs=(INPUT,), count=count)
+
+
+def test_memory_is_that_of_the_count_not_of_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mydata", sys.modules[__name__])
+    spec = TensorSpec("input", "float32", ("batch", 3, 32, 32))
+
+    def draw(count: int | None) -> int:
+        return peak_bytes(lambda: open_samples("mydata:large_data", split="train", inputs=(spec,), count=count))
+
+    draw(1)  # makes and keeps the data
+    prepared_bytes = large_data().train.images.nbytes * 4
+    assert draw(None) > prepared_bytes
+    assert draw(6) < prepared_bytes / 20
 
 
 def test_npz_gives_arrays_and_labels(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     x = np.ones((3, 1, 28, 28), np.float32)
     np.savez(path, input=x, labels=np.array([1, 2, 3], np.int32))
-    samples = open_samples(str(path), split="anything", inputs=(INPUT,))
+    samples = open_samples(str(path), split="test", inputs=(INPUT,))
     assert samples.source == "x.npz"
     assert samples.labels is not None
     assert samples.labels.dtype == np.int64
     np.savez(path, input=x)
-    assert open_samples(str(path), split="", inputs=(INPUT,)).labels is None
+    assert open_samples(str(path), split="test", inputs=(INPUT,)).labels is None
     named = TensorSpec("labels", "float32", (1, 1, 28, 28))
     np.savez(path, labels=x)
-    assert list(open_samples(str(path), split="", inputs=(named,)).feeds) == ["labels"]
+    assert list(open_samples(str(path), split="test", inputs=(named,)).feeds) == ["labels"]
+
+
+def numbered_npz(path: Path, n: int) -> str:
+    """A file whose sample k is labelled k and is k all over."""
+    numbers = np.arange(n)
+    np.savez(path / "x.npz", x=np.repeat(numbers, 2).reshape(n, 2).astype(np.float32), labels=numbers)
+    return str(path / "x.npz")
+
+
+@pytest.mark.parametrize("n", [2, 3, 40])
+def test_npz_is_divided_into_train_and_validation_and_judged_whole(n: int, tmp_path: Path) -> None:
+    spec, inputs = numbered_npz(tmp_path, n), (TensorSpec("x", "float32", ("batch", 2)),)
+    opened = {split: open_samples(spec, split=split, inputs=inputs) for split in SPLITS}
+    rows = {split: list(samples.feeds["x"][:, 0].astype(int)) for split, samples in opened.items()}
+    assert rows["test"] == list(range(n)) == sorted(rows["train"] + rows["validation"])
+    assert len(rows["train"]) - len(rows["validation"]) in (0, 1)
+    assert rows == {split: list(samples.labels) for split, samples in opened.items()}
+    assert [samples.source for samples in opened.values()] == ["x.npz/train", "x.npz/validation", "x.npz"]
+
+
+def test_npz_is_shuffled_before_it_is_divided_always_in_the_same_way(tmp_path: Path) -> None:
+    spec, inputs = numbered_npz(tmp_path, 40), (TensorSpec("x", "float32", ("batch", 2)),)
+    first, again = (open_samples(spec, split="train", inputs=inputs) for _ in range(2))
+    assert first.fingerprint == again.fingerprint
+    assert list(first.labels) != list(range(20))
+    assert open_samples(spec, split="train", inputs=inputs, count=5, seed=3).fingerprint == (
+        first.take(5, seed=3).fingerprint
+    )
+    assert len(open_samples(spec, split="train", inputs=inputs, at_most=99)) == 20
+
+
+def test_npz_of_one_sample_cannot_be_divided(tmp_path: Path) -> None:
+    spec, inputs = numbered_npz(tmp_path, 1), (TensorSpec("x", "float32", ("batch", 2)),)
+    assert len(open_samples(spec, split="test", inputs=inputs)) == 1
+    with pytest.raises(InputRefused, match=r"x\.npz has 1 sample, too few to divide into train and validation"):
+        open_samples(spec, split="validation", inputs=inputs)
 
 
 @pytest.mark.parametrize(

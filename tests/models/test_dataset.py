@@ -72,11 +72,13 @@ def test_statistics_are_those_of_train_alone() -> None:
     assert darker.preprocess == data.preprocess
 
 
-def test_fingerprint_sees_every_split_and_nothing_else() -> None:
+def test_fingerprint_sees_all_that_a_model_is_made_from_and_nothing_else() -> None:
     data = toy()
     changed = [replace(data, **{name: pictures(9, seed=7)}) for name in data.splits]
-    assert len({each.fingerprint for each in (data, *changed)}) == 4
-    assert replace(data, name="other", preprocess=()).fingerprint == toy().fingerprint
+    renamed = replace(data, classes=("a", "b", "z"))
+    unscaled = replace(data, preprocess=data.preprocess[:2])
+    assert len({each.fingerprint for each in (data, *changed, renamed, unscaled)}) == 6
+    assert replace(data, name="other", spec="images:other").fingerprint == toy().fingerprint
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def test_checkpoint_tells_where_it_comes_from(dense: Checkpoint, few: DataSet) -
     assert (stage.stage, stage.output_sha256, stage.parents) == ("train", dense.sha256, ())
     assert stage.settings["network"] == dense.network == "simple_cnn"
     assert stage.settings["data_fingerprint"] == few.fingerprint
+    assert stage.settings["spec"] == "digits"
     assert stage.settings["epochs"] == 4
     assert dense.settings == {"classes": 10, "in_channels": 1, "size": [28, 28], "hidden": 32}
     assert dense.inputs == (few.input_spec,)
