@@ -15,6 +15,8 @@ from memopt_export.graph import Graph, refuse_subgraphs
 if TYPE_CHECKING:
     import onnx
 
+    from memopt_models.data import Samples
+
 # Told after each batch how many samples have been seen.
 OnStep = Callable[[int], None]
 
@@ -24,12 +26,42 @@ _WATCHES = ("ReduceMin", "ReduceMax", "ReduceMean")
 
 @dataclass(frozen=True)
 class Ranges:
-    """The smallest and the largest value of each tensor by name, and the samples that gave them."""
+    """The smallest and the largest value of each tensor by name, and the samples that gave them.
+
+    Bounds are finite, unless `collect_ranges` was asked to allow infinity.
+    """
 
     bounds: dict[str, tuple[float, float]]
     samples: int
     source: str
     fingerprint: str
+
+
+def calibrate(
+    graph: Graph,
+    tensors: Sequence[str],
+    samples: Samples,
+    *,
+    batch_size: int,
+    allow_infinity: bool = False,
+    on_step: OnStep | None = None,
+) -> Ranges:
+    """The ranges of `tensors` on these samples, see `collect_ranges`.
+
+    A graph of a fixed batch gets batches of that size; samples that do not fill the last one are left out.
+    """
+    first = graph.inputs[0].shape[:1]
+    fixed = first[0] if first and isinstance(first[0], int) else None
+    whole = len(samples) if fixed is None else len(samples) // fixed * fixed
+    return collect_ranges(
+        graph,
+        tensors,
+        samples.pick(slice(whole)).batches(fixed or batch_size),
+        source=samples.source,
+        fingerprint=samples.fingerprint,
+        allow_infinity=allow_infinity,
+        on_step=on_step,
+    )
 
 
 def collect_ranges(
@@ -39,6 +71,7 @@ def collect_ranges(
     *,
     source: str,
     fingerprint: str,
+    allow_infinity: bool = False,
     on_step: OnStep | None = None,
 ) -> Ranges:
     """The ranges of `tensors` over all batches; only three numbers a tensor and batch leave the session.
@@ -49,6 +82,7 @@ def collect_ranges(
         batches: feeds, one batch at a time; memory is that of the largest one.
         source: where the samples come from, to be told to people.
         fingerprint: digest of the samples.
+        allow_infinity: whether a bound may be infinite, as behind a mask of -inf; NaN never is one.
         on_step: told the number of samples seen, after each batch.
 
     Raises:
@@ -60,7 +94,7 @@ def collect_ranges(
     for batch in batches:
         check_feeds(graph.inputs, batch)
         seen = np.array(session.run(None, dict(batch)), np.float64).reshape(-1, len(_WATCHES))  # (tensors, 3)
-        _refuse_not_finite(tensors, seen)
+        _refuse_not_finite(tensors, seen, allow_infinity=allow_infinity)
         lows, highs = np.minimum(lows, seen[:, 0]), np.maximum(highs, seen[:, 1])
         samples += len(batch[graph.inputs[0].name])
         if on_step is not None:
@@ -73,6 +107,9 @@ def collect_ranges(
 
 def merge(first: Ranges, second: Ranges) -> Ranges:
     """The ranges over the samples of both: shards of one data set merge to the ranges of the whole.
+
+    For calibration on several machines or days: each collects the ranges of its shard, and what is merged is what one
+    run over all of them would have found. Nothing in the exporter does that by itself.
 
     Raises:
         InputRefused: they do not speak of the same tensors.
@@ -123,9 +160,9 @@ def _watched(graph: Graph, tensors: Sequence[str]) -> onnx.ModelProto:
     return model
 
 
-def _refuse_not_finite(tensors: Sequence[str], seen: Array) -> None:
-    """Raises for the first tensor, in the graph's order, whose watches are not all finite."""
-    broken = np.flatnonzero(~np.isfinite(seen).all(axis=1))
+def _refuse_not_finite(tensors: Sequence[str], seen: Array, *, allow_infinity: bool) -> None:
+    """Raises for the first tensor, in the graph's order, whose watches are not all finite, or not all numbers."""
+    broken = np.flatnonzero((np.isnan(seen) if allow_infinity else ~np.isfinite(seen)).any(axis=1))
     if len(broken):
         what = "NaN" if np.isnan(seen[broken[0]]).any() else "infinity"
         raise InputRefused(f"tensor {tensors[broken[0]]!r} holds {what} on the calibration data")

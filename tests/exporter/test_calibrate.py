@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memopt.errors import InputRefused
-from memopt_export.calibrate import Ranges, collect_ranges, merge
+from memopt_export.calibrate import Ranges, calibrate, collect_ranges, merge
+from memopt_export.graph import Graph
+from memopt_models.data import Samples
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -86,6 +88,19 @@ def test_a_value_that_is_not_finite_names_its_tensor(doubled, position, value, w
         collect(doubled, [rows(1, 2, 3), batch])
 
 
+def test_infinity_is_a_bound_where_that_is_allowed(doubled):
+    ranges = collect(doubled, [rows(1, -np.inf, 3)], allow_infinity=True)
+    assert ranges.bounds == {"x": (-np.inf, 3), "double.out": (-np.inf, 6), "relu.out": (0, 6)}
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_nan_is_no_bound_even_where_infinity_is_one(doubled, position):
+    batch = rows(1, -np.inf, 3)
+    batch["x"].flat[position] = np.nan
+    with pytest.raises(InputRefused, match="tensor 'x' holds NaN on the calibration data"):
+        collect(doubled, [batch], allow_infinity=True)
+
+
 def test_overflow_within_the_graph_is_told_where_it_starts(doubled):
     with pytest.raises(InputRefused, match=r"tensor 'double\.out' holds infinity"):
         collect(doubled, [rows(3e38, 0, 0)])
@@ -99,6 +114,22 @@ def test_a_batch_that_does_not_fit_the_inputs_is_refused(doubled):
 def test_an_unknown_tensor_is_refused(doubled):
     with pytest.raises(InputRefused, match="the graph has no tensor 'nothing' to calibrate"):
         collect(doubled, [rows(1, 2, 3)], ["nothing"])
+
+
+def test_samples_are_run_in_batches_of_the_size_asked_for(doubled):
+    samples, seen = Samples(rows(1, 2, 3, 4, 5, 6, 7, 8, 9), None, "random/train"), []
+    ranges = calibrate(doubled, ["x"], samples, batch_size=2, on_step=seen.append)
+    assert ranges == Ranges({"x": (1.0, 9.0)}, 3, "random/train", samples.fingerprint)
+    assert seen == [2, 3]
+
+
+def test_samples_that_do_not_fill_a_fixed_batch_are_left_out_and_not_counted(doubled):
+    model = doubled.copy_model()
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+    samples = Samples(rows(1, 2, 3, 4, 5, 6, 7, 8, 9), None, "random/train")
+    ranges = calibrate(Graph(model, "0" * 64), ["x"], samples, batch_size=8)
+    assert (ranges.bounds, ranges.samples) == ({"x": (1.0, 6.0)}, 2)
 
 
 def test_progress_counts_samples(doubled):

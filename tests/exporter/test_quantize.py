@@ -9,6 +9,7 @@ from memopt.errors import InputRefused, UsageError
 from memopt_export.graph import Graph, load_graph, save_graph
 from memopt_export.quantize import METHODS, Quantized, float16, quantize
 from memopt_export.recipe import PRECISIONS, Recipe, parse
+from memopt_models.data import Samples
 
 onnx = pytest.importorskip("onnx")
 
@@ -135,6 +136,24 @@ def test_bytes_do_not_depend_on_the_hash_seed(graph, samples, tmp_path):
     assert answer.stdout.strip() == str([quantize(graph, parse(name), samples).graph.sha256 for name in FLOOR_DB])
 
 
+def test_progress_reaches_the_number_of_samples(graph, recipe, samples):
+    seen = []
+    quantize(graph, recipe, samples, batch_size=10, on_step=seen.append)
+    assert seen == [10, 20, 30, 32]
+
+
+def test_a_fixed_batch_decides_the_size_of_calibration_runs(net, recipe, samples_of):
+    drawn = net(3, 8, 8)
+    drawn.conv(8)
+    model = drawn.model()
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+    graph = Graph(model, "0" * 64)
+    seen = []
+    quantize(graph, recipe, samples_of(graph, 7), batch_size=5, on_step=seen.append)
+    assert seen == [2, 4, 6]
+
+
 # --- refusals
 
 
@@ -184,12 +203,6 @@ def test_int8_tells_ranges_and_fused_layers(graph, samples):
     assert tensorrt.ranges.bounds.keys() < cpu.ranges.bounds.keys()
 
 
-def test_progress_reaches_the_number_of_samples(graph, samples):
-    seen = []
-    quantize(graph, Recipe("int8"), samples, batch_size=10, on_step=seen.append)
-    assert seen == [10, 20, 30, 32]
-
-
 def test_an_old_opset_is_raised(net, samples_of, run):
     drawn = net(3, 8, 8, opset=11)
     drawn.conv(8)
@@ -220,18 +233,6 @@ def test_a_graph_is_simplified_first(net, samples_of):
     assert [value.name for value in result.graph.model.graph.input] == ["x"]
 
 
-def test_a_fixed_batch_decides_the_size_of_calibration_runs(net, samples_of):
-    drawn = net(3, 8, 8)
-    drawn.conv(8)
-    model = drawn.model()
-    for value in (model.graph.input[0], model.graph.output[0]):
-        value.type.tensor_type.shape.dim[0].dim_value = 2
-    graph = Graph(model, "0" * 64)
-    seen = []
-    quantize(graph, Recipe("int8"), samples_of(graph, 6), batch_size=5, on_step=seen.append)
-    assert seen == [2, 4, 6]
-
-
 def test_a_graph_without_layers_is_refused(net, samples_of):
     drawn = net(3)
     drawn.op("Relu")
@@ -244,7 +245,7 @@ def test_a_graph_without_layers_is_refused(net, samples_of):
 
 
 def half(drawn, samples_of, run, *outputs, exclude=()):
-    """The converted graph, after checking that it runs close to the float one."""
+    """The graph converted without samples, after checking that it runs close to the float one."""
     graph = drawn.graph(*outputs)
     samples = samples_of(graph, 4)
     result = float16.convert(graph, exclude=exclude)
@@ -274,6 +275,88 @@ def test_fp16_keeps_a_node_float_whose_weight_is_too_large_for_a_half(net, sampl
     assert onnx.numpy_helper.to_array(
         next(tensor for tensor in result.graph.model.graph.initializer if tensor.name.startswith("huge"))
     ) == np.float32(1e5)
+
+
+def draw_overflow(net):
+    """A network whose values reach some 600 000 in the middle, and are brought back."""
+    drawn = net(16)
+    for name, gain in (("first", 1.0), ("up", 2e5), ("down", 1e-2), ("last", 1e-2)):
+        drawn.constant(f"{name}.w", drawn.rng.normal(0, gain / 4, (16, 16)).astype(np.float32))
+        drawn.op("MatMul", drawn.last, f"{name}.w", name=name)
+        if name == "up":
+            drawn.arrays["up.w"] = drawn.arrays["up.w"].clip(-6e4, 6e4)
+            drawn.op("Relu", name="relu")
+    return drawn.graph()
+
+
+def run_as_it_stands(graph, samples):
+    """The graph in numpy, every node in the precision that it names: what ONNX Runtime does not do on a CPU."""
+    from onnx.reference import ReferenceEvaluator
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        return ReferenceEvaluator(graph.model).run(None, samples.feeds)[0]
+
+
+def test_fp16_that_overflows_looks_good_on_a_cpu_and_is_not(net, samples_of, run):
+    """Why the nodes have to be found by their ranges: measuring accuracy here does not find them."""
+    graph = draw_overflow(net)
+    samples = samples_of(graph)
+    blind = float16.convert(graph)
+    assert (blind.ranges, blind.kept_float) == (None, ())
+    assert sqnr_db(run(blind.graph, samples), run(graph, samples)) > FLOOR_DB["fp16"]
+    assert not np.isfinite(run_as_it_stands(blind.graph, samples)).all()
+
+
+def test_fp16_keeps_nodes_float_whose_values_are_too_large_for_a_half(net, samples_of, run):
+    graph = draw_overflow(net)
+    samples = samples_of(graph)
+    result = quantize(graph, Recipe("fp16"), samples)
+    assert result.kept_float == ("up", "relu", "down")
+    assert result.ranges.bounds["relu.out"][1] > 5e5
+    assert (result.ranges.samples, result.ranges.fingerprint) == (32, samples.fingerprint)
+    others = samples_of(graph, seed=9)
+    for outputs in (run(result.graph, others), run_as_it_stands(result.graph, others)):
+        assert sqnr_db(outputs, run(graph, others)) > FLOOR_DB["fp16"]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("peak", "kept"), [(32752, ()), (32753, ("double", "halve")), (65504, ("double", "halve"))])
+def test_fp16_leaves_a_factor_of_two_of_head_room(net, sign, peak, kept):
+    drawn = net(2)
+    drawn.op("Mul", "x", drawn.constant("two", np.float32(2)), name="double")
+    drawn.op("Mul", drawn.last, drawn.constant("half", np.float32(0.5)), name="halve")
+    drawn.op("Relu", name="relu")
+    samples = Samples({"x": np.float32([[sign * peak / 2, 1], [0, 0]])}, None, "by hand")
+    assert float16.convert(drawn.graph(), samples=samples).kept_float == tuple(kept)
+
+
+def test_fp16_keeps_the_first_node_float_where_inputs_are_too_large(net, run):
+    drawn = net(2)
+    drawn.op("Mul", "x", drawn.constant("tiny", np.float32(1e-5)), name="down")
+    drawn.op("Relu", name="relu")
+    graph, samples = drawn.graph(), Samples({"x": np.float32([[1e6, -1e6]])}, None, "by hand")
+    result = float16.convert(graph, samples=samples)
+    assert result.kept_float == ("down",)
+    np.testing.assert_allclose(run_as_it_stands(result.graph, samples), run(graph, samples), rtol=1e-3)
+
+
+def test_fp16_keeps_float_what_a_mask_makes_infinite_on_samples(net, samples_of, run):
+    drawn = net(4)
+    drawn.op("Add", "x", drawn.constant("mask", np.float32([0, -np.inf, 0, 0])), name="mask_add")
+    drawn.op("Softmax", axis=-1, name="softmax")
+    graph = drawn.graph()
+    samples = samples_of(graph)
+    result = float16.convert(graph, samples=samples)
+    assert result.kept_float == ("mask_add", "softmax")
+    np.testing.assert_allclose(run(result.graph, samples), run(graph, samples), atol=1e-3)
+
+
+def test_fp16_refuses_samples_that_make_nan(net, samples_of):
+    drawn = net(4)
+    drawn.op("Sqrt", "x", name="root")
+    graph = drawn.graph()
+    with pytest.raises(InputRefused, match=r"tensor 'root\.out' holds NaN on the calibration data"):
+        float16.convert(graph, samples=samples_of(graph))
 
 
 def test_fp16_turns_an_infinite_weight_into_an_infinite_half(net, samples_of, run):

@@ -10,7 +10,7 @@ import numpy as np
 
 from memopt.errors import InputRefused
 from memopt.tensors import Array
-from memopt_export.calibrate import OnStep
+from memopt_export.calibrate import OnStep, Ranges, calibrate
 from memopt_export.graph import Graph, Wiring, label, refuse_subgraphs, wire
 from memopt_export.quantize.quantized import Quantized
 from memopt_export.recipe import Recipe
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _RECIPE = Recipe("fp16")
 LARGEST = float(np.finfo(np.float16).max)
+# Samples are a few of all the inputs there will be, and the largest values are the rarest. A factor of 2, one exponent,
+# is the head room for those that no sample has shown; a node kept in float32 for nothing costs two Casts.
+SAFE = LARGEST / 2
 # Their type is an attribute, with float32 where it is absent, and no runtime has them in float16.
 _FLOAT_SOURCES = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "EyeLike"}
@@ -33,34 +36,46 @@ def convert(
     recipe: Recipe = _RECIPE,
     samples: Samples | None = None,
     *,
-    batch_size: int = 0,
+    batch_size: int = 8,
     exclude: Collection[str] = (),
     on_step: OnStep | None = None,
 ) -> Quantized:
-    """The graph in float16, with Casts behind its inputs and before its outputs. Samples are not looked at.
+    """The graph in float16, with Casts behind its inputs and before its outputs.
 
     A node computes in float32, between Casts, where
     1. `exclude` names it,
     2. it reads a finite weight beyond 65504, the largest half,
-    3. its operator knows no float16 (Range), or takes its type from an attribute (RandomNormal).
-    A single input whose type is fixed, such as the scales of a Resize, stays float32 by itself.
+    3. its operator knows no float16 (Range), or takes its type from an attribute (RandomNormal),
+    4. it reads or writes a tensor that goes beyond SAFE on the samples. Without samples nobody knows (ranges is None),
+       and ONNX Runtime on a CPU does not show it either: it computes in float32 there, where a GPU gets infinity.
+    A single input whose type is fixed, such as the scales of a Resize, stays float32 by itself. Sums inside a node are
+    not seen.
 
     Raises:
-        InputRefused: an operator is not ONNX's own, so nobody knows which types it takes; or the graph has subgraphs.
+        InputRefused: an operator is not ONNX's own, so nobody knows which types it takes; the graph has subgraphs; or
+            the samples do not fit it or make NaN in it.
     """
     refuse_subgraphs(graph, "quantize")
     model = graph.copy_model()
     wiring = wire(model)
     floats = _float_tensors(model)
     allowed = [_Allowed.of(node, model) for node in wiring.nodes]
+    ranges = None
+    if samples is not None:
+        tensors = [name for name in (*(spec.name for spec in graph.inputs), *wiring.writer) if name in floats]
+        ranges = calibrate(graph, tensors, samples, batch_size=batch_size, allow_infinity=True, on_step=on_step)
+    unsafe = _unsafe(ranges)
     kept = {
         index
         for index, node in enumerate(wiring.nodes)
-        if label(node) in exclude or _is_too_large(node, wiring) or allowed[index].never_half(node, floats)
+        if label(node) in exclude
+        or _is_too_large(node, wiring)
+        or allowed[index].never_half(node, floats)
+        or not unsafe.isdisjoint((*node.input, *node.output))
     }
     _Conversion(model, wiring, floats, allowed, kept).run()
     names = tuple(label(wiring.nodes[index]) for index in sorted(kept))
-    return Quantized(graph.with_model(model, precision=recipe.name), None, None, names)
+    return Quantized(graph.with_model(model, precision=recipe.name), ranges, None, names)
 
 
 def _float_tensors(model: onnx.ModelProto) -> frozenset[str]:
@@ -72,6 +87,12 @@ def _float_tensors(model: onnx.ModelProto) -> frozenset[str]:
     return frozenset(value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT) | {
         tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT
     }
+
+
+def _unsafe(ranges: Ranges | None) -> frozenset[str]:
+    """Case 4: the tensors that may leave what a half can hold."""
+    bounds = {} if ranges is None else ranges.bounds
+    return frozenset(name for name, (low, high) in bounds.items() if max(-low, high) > SAFE)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from memopt_export.graph import Graph
 class Quantized:
     """A quantized graph and how it came about.
 
-    `ranges` is None where no samples were needed. `fused` counts the layers that ONNX Runtime computes in integers,
-    and all of them; None where it is not the target. `kept_float` names what stayed in float32, though it has weights.
+    `ranges` is None where no sample was looked at. `fused` counts the layers that ONNX Runtime computes in integers,
+    and all of them; None where it is not the target. `kept_float` names the layers that stayed in float32; in
+    float16 every node that did.
     """
 
     graph: Graph

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from memopt.errors import InputRefused, UsageError
-from memopt_export.calibrate import OnStep, collect_ranges
+from memopt_export.calibrate import OnStep, calibrate
 from memopt_export.graph import Graph
 from memopt_export.placement import place
 from memopt_export.qdq import fused_counts, insert
@@ -41,14 +41,7 @@ def quantize(
     placement = place(graph, recipe.target, exclude=exclude)
     if not placement.layers:
         raise InputRefused("the graph has no Conv, Gemm or MatMul that int8 could serve", hint="--precision fp16")
-    ranges = collect_ranges(
-        graph,
-        placement.tensors,
-        samples.batches(_batch_size(graph, batch_size)),
-        source=samples.source,
-        fingerprint=samples.fingerprint,
-        on_step=on_step,
-    )
+    ranges = calibrate(graph, placement.tensors, samples, batch_size=batch_size, on_step=on_step)
     quantized = insert(graph, placement, ranges)
     quantized = quantized.with_model(quantized.model, precision=recipe.name)
     fused = fused_counts(quantized.data) if recipe.target == "cpu" else None
@@ -73,9 +66,3 @@ def _at_least_opset(graph: Graph, opset: int) -> Graph:
             f"the graph has opset {current}, int8 needs {opset}, and onnx cannot convert it: {error}",
             hint=f"export it again with opset {opset} or newer",
         ) from error
-
-
-def _batch_size(graph: Graph, wanted: int) -> int:
-    """What one run takes: the graph's own number where it has a fixed one."""
-    first = graph.inputs[0].shape[:1]
-    return first[0] if first and isinstance(first[0], int) else wanted
