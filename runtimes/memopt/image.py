@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import io
+import math
+import re
+import stat
 import struct
 import zlib
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from memopt.errors import BackendError, InputRefused
+from memopt.errors import BackendError, InputRefused, OutOfResource, first_line
+from memopt.sizes import show_size
 from memopt.tensors import Array
 
+MAX_FILE_BYTES = 256 * 2**20
 MAX_PIXELS = 64 * 2**20  # a picture may not unpack to more; guards against decompression bombs
+MAX_SIDE = 2**16  # pixels in a row or a column
+_MAX_CHUNKS = 2**16  # of one PNG; libpng writes 8 KiB into each
+_MAX_HEADER_BYTES = 2**16  # of .npy and netpbm: comments are the only part without a length
+_PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # others run programs (EPS) or are rarely fuzzed
+_BYTE = np.dtype(np.uint8)
+_NPY_MAGIC = b"\x93NUMPY"
+# The header that numpy writes for an array without fields: version 1 has two bytes for its length, version 2 four.
+_NPY_HEADER = re.compile(
+    r"\{'descr': '([<>|=]?\w{1,9})', 'fortran_order': (True|False), 'shape': \(([\d, ]{0,99})\),? *\}\s*", re.ASCII
+)
+_GAP = rb"(?:\s|#[^\n]*\n)+"
+_NETPBM_HEADER = re.compile(rb"P[56]" + 3 * (_GAP + rb"(\d{1,9})") + rb"\s")
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type: gray, RGB, palette, gray + alpha, RGB + alpha
 
@@ -22,15 +41,22 @@ def read_image(path: Path) -> Array:
     Raises:
         InputRefused: missing, damaged, too large, or not a picture.
         BackendError: the format needs Pillow, which is not installed.
+        OutOfResource: no memory is left for a picture of a size that is allowed.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputRefused(f"{path} cannot be read: {error.strerror}") from error
+    data = _read_file(path)
     try:
         return _decode(path, data)
-    except (ValueError, IndexError, EOFError, struct.error, zlib.error) as error:
-        raise InputRefused(f"{path} is not a picture that can be read: {error}") from error
+    except (ValueError, struct.error, zlib.error) as error:
+        raise InputRefused(f"{path} is not a picture that can be read: {first_line(error)}") from error
+    except MemoryError as error:
+        raise OutOfResource(f"{path} is a picture that memory is too small for") from error
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises InputRefused for a picture without pixels, or with more than are ever unpacked."""
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS):
+        hint = f"sides of 1 to {MAX_SIDE}, together at most {MAX_PIXELS} pixels"
+        raise InputRefused(f"the picture has {width} x {height} pixels", hint=hint)
 
 
 def to_color(images: Array, color: str) -> Array:
@@ -50,16 +76,29 @@ def to_color(images: Array, color: str) -> Array:
     return images
 
 
+def _read_file(path: Path) -> bytes:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputRefused(f"{path} cannot be read: it is no file")
+        if status.st_size > MAX_FILE_BYTES:
+            limit = show_size(MAX_FILE_BYTES)
+            raise InputRefused(f"{path} cannot be read: it has {show_size(status.st_size)}, at most {limit} are read")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: no file name has a zero byte
+        raise InputRefused(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', error)}") from error
+
+
 def _decode(path: Path, data: bytes) -> Array:
     if path.suffix == ".npy":
-        return _checked(np.load(path, allow_pickle=False))
+        return _checked(_read_npy(data))
     if data[:2] in (b"P5", b"P6"):
         return _read_netpbm(data)
     if data.startswith(_PNG_MAGIC):
         image = _read_png(data)
         if image is not None:
             return image
-    return _read_with_pillow(path)
+    return _read_with_pillow(path, data)
 
 
 def _checked(array: Array) -> Array:
@@ -69,32 +108,57 @@ def _checked(array: Array) -> Array:
         raise InputRefused(
             f"the array is {array.dtype} {array.shape}", hint="uint8 (height, width) or (height, width, 3)"
         )
+    check_size(array.shape[1], array.shape[0])
     return array
 
 
+def _read_npy(data: bytes) -> Array:
+    """A view of the bytes as the array that the header describes; `numpy.load` would first allocate what it claims."""
+    version = data[6:8]
+    if data[:6] != _NPY_MAGIC or version not in (b"\1\0", b"\2\0"):
+        raise ValueError("its first bytes are not those of a .npy file")
+    start = 10 if version == b"\1\0" else 12
+    (length,) = struct.unpack_from("<H" if start == 10 else "<I", data, 8)
+    header = _NPY_HEADER.fullmatch(data[start : start + min(length, _MAX_HEADER_BYTES)].decode("latin-1"))
+    if header is None:
+        raise ValueError("its header is not that of an array of numbers")
+    shape = tuple(int(size) for size in re.findall(r"\d+", header[3]))
+    try:
+        dtype = np.dtype(header[1])
+    except TypeError as error:
+        raise ValueError(first_line(error)) from error
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    return _view(data, shape, start + length, dtype=dtype, order="F" if header[2] == "True" else "C")
+
+
+def _view(
+    data: bytes, shape: tuple[int, ...], offset: int, *, dtype: np.dtype[Any] = _BYTE, order: Literal["C", "F"] = "C"
+) -> Array:
+    """The bytes from `offset` on as an array, not copied."""
+    size_bytes = math.prod(shape) * dtype.itemsize
+    if size_bytes > len(data) - offset:
+        raise ValueError(f"it has {len(data)} bytes, its header speaks of {size_bytes} for the pixels alone")
+    return np.ndarray(shape, dtype, data, offset, order=order)
+
+
 def _read_netpbm(data: bytes) -> Array:
-    """Binary PGM (P5) or PPM (P6) with 8 bits."""
-    fields: list[int] = []
-    position = 2
-    while len(fields) < 3:
-        end = data.index(b"\n", position) if data[position : position + 1] == b"#" else position
-        if end > position:
-            position = end + 1
-            continue
-        if data[position : position + 1].isspace():
-            position += 1
-            continue
-        stop = position
-        while data[stop : stop + 1].isdigit():
-            stop += 1
-        fields.append(int(data[position:stop]))
-        position = stop
-    width, height, top = fields
+    """Binary PGM (P5) or PPM (P6) with at most 8 bits; fewer levels are spread over 0 to 255, as Pillow does."""
+    header = _NETPBM_HEADER.match(data[:_MAX_HEADER_BYTES])
+    if header is None:
+        raise ValueError("its header has no width, height and number of levels")
+    width, height, top = map(int, header.groups())
     if top > 255:
         raise InputRefused("16-bit PGM/PPM is not supported", hint="save it with 8 bits")
+    if top == 0:
+        raise ValueError("it has no levels")
     channels = 1 if data[:2] == b"P5" else 3
-    _check_size(width, height)
-    return np.frombuffer(data, np.uint8, width * height * channels, position + 1).reshape(height, width, channels)
+    check_size(width, height)
+    pixels = _view(data, (height, width, channels), header.end())
+    if top == 255:
+        return pixels
+    levels: Array = np.rint(np.arange(256) / top * 255).clip(0, 255).astype(np.uint8)
+    return levels[pixels]
 
 
 def _read_png(data: bytes) -> Array | None:
@@ -103,7 +167,7 @@ def _read_png(data: bytes) -> Array | None:
     width, height, depth, color, _, _, interlace = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
     if depth != 8 or interlace or color not in _PNG_CHANNELS:
         return None
-    _check_size(width, height)
+    check_size(width, height)
     channels = _PNG_CHANNELS[color]
     length = height * (1 + width * channels)
     raw = zlib.decompressobj().decompress(chunks[b"IDAT"], length)
@@ -111,25 +175,42 @@ def _read_png(data: bytes) -> Array | None:
         raise ValueError(f"PNG data has {len(raw)} bytes, {length} expected")
     pixels = _unfilter(np.frombuffer(raw, np.uint8).reshape(height, -1), channels).reshape(height, width, channels)
     if color == 3:
-        palette: Array = np.frombuffer(chunks[b"PLTE"], np.uint8).reshape(-1, 3)
-        return palette[pixels[..., 0]]
+        return _apply_palette(chunks.get(b"PLTE", b""), pixels[..., 0])
     return pixels[..., : 1 if color in (0, 4) else 3]
 
 
+def _apply_palette(colors: bytes, indices: Array) -> Array:
+    if not colors or len(colors) % 3:
+        raise ValueError(f"the palette of a PNG has {len(colors)} bytes")
+    if int(indices.max()) >= len(colors) // 3:
+        raise ValueError(f"a pixel has colour {indices.max()} of a palette with {len(colors) // 3}")
+    palette: Array = np.frombuffer(colors, np.uint8).reshape(-1, 3)
+    return palette[indices]
+
+
 def _png_chunks(data: bytes) -> dict[bytes, bytes]:
-    chunks: dict[bytes, bytes] = {b"IDAT": b""}
+    """By kind; the pieces of IDAT are joined, of any other kind the last counts."""
+    chunks: dict[bytes, bytes] = {}
+    pieces: list[bytes] = []
     position = len(_PNG_MAGIC)
-    while position < len(data):
+    for _ in range(_MAX_CHUNKS):
+        if position >= len(data):
+            break
         length, kind = struct.unpack_from(">I4s", data, position)
         body = data[position + 8 : position + 8 + length]
         (crc,) = struct.unpack_from(">I", data, position + 8 + length)
         if crc != zlib.crc32(kind + body):
             raise ValueError(f"PNG chunk {kind!r} is damaged")
-        chunks[kind] = chunks[kind] + body if kind == b"IDAT" else body
+        if kind == b"IDAT":
+            pieces.append(body)
+        else:
+            chunks[kind] = body
         position += 12 + length
+    else:
+        raise ValueError(f"PNG has more than {_MAX_CHUNKS} chunks")
     if b"IHDR" not in chunks:
         raise ValueError("PNG has no header")
-    return chunks
+    return {**chunks, b"IDAT": b"".join(pieces)}
 
 
 def _unfilter(lines: Array, channels: int) -> Array:
@@ -168,19 +249,16 @@ def _paeth(left: int, up: int, corner: int) -> int:
     return up if by_up <= by_corner else corner
 
 
-def _read_with_pillow(path: Path) -> Array:
+def _read_with_pillow(path: Path, data: bytes) -> Array:
     try:
         from PIL import Image
     except ImportError as error:
         raise BackendError(f"{path} is not an 8-bit PNG, PGM, PPM or .npy", hint="pip install pillow") from error
     try:
-        with Image.open(path) as image:
-            _check_size(*image.size)
+        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
+            check_size(*image.size)
             return _checked(np.asarray(image.convert("L" if image.mode in ("1", "L", "LA", "I;16") else "RGB")))
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputRefused(f"{path} is not a picture that can be read: {error}") from error
-
-
-def _check_size(width: int, height: int) -> None:
-    if not 0 < width * height <= MAX_PIXELS:
-        raise InputRefused(f"the picture has {width} x {height} pixels", hint=f"1 to {MAX_PIXELS} pixels")
+    except (InputRefused, MemoryError):
+        raise
+    except Exception as error:  # a damaged file makes Pillow's plugins raise whatever they trip over
+        raise InputRefused(f"{path} is not a picture that can be read: {first_line(error)}") from error
