@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ class Parity:
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is rounding."""
-        return self.max_difference <= RELATIVE_TOLERANCE * max(self.largest_output, 1.0)
+        """Whether the difference is rounding; outputs that are not finite never agree."""
+        return self.max_difference <= RELATIVE_TOLERANCE * max(self.largest_output, 1.0) < math.inf
 
 
 @dataclass(frozen=True)

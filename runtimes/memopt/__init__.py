@@ -14,6 +14,11 @@ __all__ = ["Model", "Prediction", "__version__", "load", "open_bundle"]
 _HOMES = {"load": "model", "Model": "model", "Prediction": "model", "open_bundle": "bundle"}
 
 
+def __dir__() -> list[str]:
+    """What completion offers."""
+    return __all__
+
+
 def __getattr__(name: str) -> object:
     """The public names, imported when they are first used, so that `import memopt` itself costs nothing."""
     if name not in _HOMES:

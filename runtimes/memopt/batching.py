@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memopt.errors import OutOfResource
+from memopt.errors import InputRefused, OutOfResource
 from memopt.manifest import EngineInfo, Variant
 from memopt.session import Session
 from memopt.sizes import show_size
-from memopt.tensors import Array, check_feeds
+from memopt.tensors import Array, TensorSpec, check_feeds
 
 LARGEST_BATCH = 4096
 
@@ -102,15 +102,27 @@ def _engine_curve(engine: EngineInfo, weights_bytes: int | None) -> MemoryCurve 
 def run_in_batches(session: Session, feeds: Mapping[str, Array], *, batch: int) -> list[Array]:
     """The outputs for `feeds`, computed at most `batch` samples at a time; equal to one run over all of them.
 
-    Inputs whose first dimension is fixed are no samples, and go whole into every run.
+    Only a model whose inputs and outputs share one free first dimension can be split. Inputs whose first dimension is
+    fixed are no samples, and go whole into every run.
+
+    Raises:
+        InputRefused: more samples than `batch`, and the model cannot be split.
     """
     check_feeds(session.inputs, feeds)
-    split = {spec.name for spec in session.inputs if spec.shape and isinstance(spec.shape[0], str)}
+    split = {spec.name for spec in session.inputs if _first(spec) is not None}
     samples = max((len(feeds[name]) for name in split), default=0)
     if samples <= batch:
         return session.run(feeds)
+    batched = [spec for spec in session.inputs if spec.name in split]
+    if len({_first(spec) for spec in (*batched, *session.outputs)}) > 1:
+        raise InputRefused(f"{samples} samples at once, {batch} fit, and the model's outputs cannot be put together")
     pieces = [
         session.run({name: array[start : start + batch] if name in split else array for name, array in feeds.items()})
         for start in range(0, samples, batch)
     ]
     return [np.concatenate(outputs) for outputs in zip(*pieces, strict=True)]
+
+
+def _first(spec: TensorSpec) -> str | None:
+    """The name of the tensor's first dimension where it is free."""
+    return spec.shape[0] if spec.shape and isinstance(spec.shape[0], str) else None

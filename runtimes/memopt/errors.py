@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import ClassVar
+
+_LONGEST_LINE = 300  # of a library's message
 
 
 class MemoptError(Exception):
@@ -66,7 +69,7 @@ def first_line(error: BaseException) -> str:
     ('bad magic', 'MemoryError')
     """
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return textwrap.shorten(lines[0], _LONGEST_LINE, placeholder=" …") if lines else type(error).__name__
 
 
 def printable(text: str) -> str:

@@ -49,9 +49,11 @@ def atomic_file(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
 
 
 def refuse_to_overwrite(path: Path, *, force: bool) -> None:
-    """Raises UsageError when `path` exists and may not be replaced."""
+    """Raises UsageError when `path` exists and may not be replaced; a device or a pipe never may."""
     if path.is_dir():
         raise UsageError(f"{path} is a directory", hint=f"-o {path / 'NAME'}")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is no ordinary file")
     if path.exists() and not force:
         raise UsageError(f"{path} exists", hint="--force replaces it")
 

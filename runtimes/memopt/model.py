@@ -10,11 +10,11 @@ from types import TracebackType
 import numpy as np
 
 from memopt.accuracy import softmax
-from memopt.batching import LARGEST_BATCH, BatchFit, largest_batch, memory_curve, run_in_batches
+from memopt.batching import BatchFit, largest_batch, memory_curve, run_in_batches
 from memopt.bundle import Bundle, open_bundle
 from memopt.choice import Choice, choose
 from memopt.errors import InputRefused, OutOfResource
-from memopt.memory import Bill, DeviceMemory, read_host_memory
+from memopt.memory import Bill, DeviceMemory, give_back, read_host_memory
 from memopt.preprocess import prepare, prepare_file
 from memopt.runtimes import RUNTIMES
 from memopt.sizes import parse_size
@@ -73,12 +73,13 @@ class Model:
     def __init__(self, bundle: Bundle, choice: Choice, *, threads: int = 0) -> None:
         runtime = RUNTIMES[choice.runtime]
         runtime.load_library()
+        give_back()
         self._baseline = read_host_memory()
         self._bundle = bundle
         self._choice = choice
         self._session = runtime.open(bundle.artifact(choice.variant.id), device=choice.device, threads=threads)
         self._loaded = replace(read_host_memory().above(self._baseline), peak_bytes=None)
-        self._batch = self._engine_batch() or LARGEST_BATCH
+        self._batch = self._engine_batch()  # samples at once; None: as many as are given
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -119,7 +120,7 @@ class Model:
 
     def run(self, output_names: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs by name, all for None: onnxruntime's own signature. Inputs larger than the batch are split."""
-        outputs = run_in_batches(self._session, feeds, batch=self._batch)
+        outputs = run_in_batches(self._session, feeds, batch=self._batch) if self._batch else self._session.run(feeds)
         if output_names is None:
             return outputs
         by_name = {spec.name: output for spec, output in zip(self.outputs, outputs, strict=True)}
@@ -137,7 +138,7 @@ class Model:
         """
         if not pictures:
             return []
-        found, at_once = [], min(self._batch, _PICTURES_AT_ONCE)
+        found, at_once = [], min(self._batch or _PICTURES_AT_ONCE, _PICTURES_AT_ONCE)
         for start in range(0, len(pictures), at_once):
             prepared = np.concatenate([self._prepare(picture) for picture in pictures[start : start + at_once]])
             logits = self.run(None, {self.inputs[0].name: prepared})[0]

@@ -7,9 +7,12 @@ CPU is found out and refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,10 +84,9 @@ def open(artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> OrtSes
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads
-    _map_weights(options, artifact)
-    model = str(artifact.path) if artifact.path else bytes(artifact.data)
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=[PROVIDERS[device]])
+        with _source(options, artifact) as model:
+            session = onnxruntime.InferenceSession(model, options, providers=[PROVIDERS[device]])
     except library_errors() as error:
         raise _as_ours(error, f"onnxruntime cannot open {artifact.name}") from error
     if session.get_providers()[0] != PROVIDERS[device]:
@@ -120,13 +122,31 @@ class OrtSession:
         self._session = None
 
 
-def _map_weights(options: onnxruntime.SessionOptions, artifact: Artifact) -> None:
-    """Hands the artifact's mapped external initializers to the session, to be used where they lie."""
-    if artifact.weights is None:
-        return
-    weights = np.frombuffer(artifact.weights, np.uint8)
-    options.add_external_initializers_from_files_in_memory([artifact.weights_location], [weights], [weights.nbytes])
-    options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
+@contextmanager
+def _source(options: onnxruntime.SessionOptions, artifact: Artifact) -> Iterator[str | bytes]:
+    """What the session is made from, with the external initializers where it finds them.
+
+    1. A file: its path.
+    2. A graph with its weights inside: its bytes.
+    3. A graph with mapped weights: its bytes, the mapping being used where it lies.
+    4. The same for an onnxruntime that cannot (before 1.24, the last for Python 3.10 among them): two files in a
+       temporary folder, which the library maps while it loads.
+    """
+    if artifact.path is not None:  # 1
+        yield str(artifact.path)
+    elif artifact.weights is None:  # 2
+        yield bytes(artifact.data)
+    elif hasattr(options, "add_external_initializers_from_files_in_memory"):  # 3
+        weights = np.frombuffer(artifact.weights, np.uint8)
+        options.add_external_initializers_from_files_in_memory([artifact.weights_location], [weights], [weights.nbytes])
+        options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
+        yield bytes(artifact.data)
+    else:  # 4
+        with tempfile.TemporaryDirectory(prefix="memopt-weights-") as name:
+            folder = Path(name)
+            (folder / "graph.onnx").write_bytes(artifact.data)
+            (folder / str(artifact.weights_location)).write_bytes(artifact.weights)
+            yield str(folder / "graph.onnx")
 
 
 def _spec(value: Any) -> TensorSpec:

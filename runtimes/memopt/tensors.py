@@ -63,6 +63,10 @@ class TensorSpec:
         if array.dtype.name != self.dtype:
             raise InputRefused(f"input {self.name!r} expects {self.dtype}, got {array.dtype.name}",
                                hint=f"x.astype({self.dtype!r})")  # fmt: skip
+        if not array.dtype.isnative:
+            raise InputRefused(
+                f"input {self.name!r} has the other byte order, {array.dtype.str}", hint="x.astype(x.dtype.name)"
+            )
         fits = len(array.shape) == len(self.shape) and all(
             isinstance(want, str) or want == got for want, got in zip(self.shape, array.shape, strict=True)
         )

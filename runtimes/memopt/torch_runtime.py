@@ -107,6 +107,7 @@ class TorchSession:
         self._module: torch.nn.Module | None = module
         self.inputs, self.outputs = specs["inputs"], specs["outputs"]
         self.placement = f"torch {device}"
+        self.device_bytes: int | None = None
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs, in order; see `memopt.session.Session.run`."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memopt.batching import MemoryCurve, largest_batch, memory_curve, run_in_batches
-from memopt.errors import IntegrityError, OutOfResource
+from memopt.errors import InputRefused, IntegrityError, OutOfResource
 from memopt.manifest import EngineInfo, MemoryPoint, Profile, Variant, VariantMemory
 from memopt.tensors import Array, TensorSpec
 
@@ -102,6 +102,16 @@ class Scaled:
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+@pytest.mark.parametrize("shape", [("time", 2), (1, 2), ()])
+def test_a_model_whose_outputs_have_no_batch_is_never_split(shape: tuple[int | str, ...]) -> None:
+    session = Scaled()
+    session.outputs = (TensorSpec("y", "float32", shape),)
+    feeds = {"x": np.zeros((7, 2), np.float32), "scale": np.ones(2, np.float32)}
+    assert len(run_in_batches(session, feeds, batch=7)[0]) == 7
+    with pytest.raises(InputRefused, match="7 samples at once, 3 fit, and the model's outputs cannot be put together"):
+        run_in_batches(session, feeds, batch=3)
 
 
 def test_an_input_without_a_batch_dimension_goes_whole_into_every_piece() -> None:

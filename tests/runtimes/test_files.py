@@ -55,6 +55,12 @@ def test_a_folder_is_not_overwritten(tmp_path: Path) -> None:
         write_atomically(tmp_path, b"data", force=True)
 
 
+def test_a_device_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="is no ordinary file"):
+        write_atomically(tmp_path / "pipe", b"data", force=True)
+
+
 def test_the_digest_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_file(tmp_path / "x").startswith("ba7816bf8f01cfea")

@@ -167,6 +167,7 @@ def test_arrays_that_are_not_contiguous_run(session: Session, tiny_inputs: Array
     ("feeds", "said"),
     [
         ({"input": [[1.0]]}, "expects an array, got list"),
+        ({"input": np.zeros((1, 1, 8, 8), ">f4")}, "has the other byte order, >f4"),
         ({}, r"inputs are \[\], the model expects \['input'\]"),
         ({"x": np.zeros((1, 1, 8, 8), np.float32)}, r"inputs are \['x'\]"),
         ({"input": np.zeros((1, 1, 8, 8))}, "expects float32, got float64"),
@@ -207,6 +208,20 @@ def test_mapped_and_inlined_weights_compute_the_same(
     np.testing.assert_allclose(
         mapped.run({"input": tiny_inputs})[0], run_graph(tiny_graph, {"input": tiny_inputs})[0], rtol=1e-5
     )
+
+
+def test_an_older_onnxruntime_reads_the_weights_from_files_that_vanish(
+    tiny_bundle: Path, tiny_inputs: Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    artifact = open_bundle(tiny_bundle).artifact("large")
+    expected = RUNTIMES["onnxruntime"].open(artifact).run({"input": tiny_inputs})[0]
+    monkeypatch.delattr(onnxruntime.SessionOptions, "add_external_initializers_from_files_in_memory")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    session = RUNTIMES["onnxruntime"].open(artifact)
+    assert not list(tmp_path.iterdir())
+    assert np.array_equal(session.run({"input": tiny_inputs})[0], expected)
 
 
 def test_runtimes_refuse_what_they_do_not_open(onnx_file: Path, torch_program: Path) -> None:
