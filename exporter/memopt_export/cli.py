@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from memopt import __version__
-from memopt.errors import AnswerIsNo, MemoptError, OutOfResource, UsageError, first_line, printable
+from memopt.errors import AnswerIsNo, InputRefused, MemoptError, OutOfResource, UsageError, first_line, printable
 from memopt.sizes import parse_size
 
 PROGRAM = "memopt-export"
@@ -36,6 +36,24 @@ _factory = click.option(
     help="Import this code of yours, which the checkpoint names.",
 )
 _output = click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write.")
+_passphrase_file = click.option(
+    "--passphrase-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Holds the passphrase of the private key; default $MEMOPT_PASSPHRASE.",
+)
+_key = click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="KEY.pub",
+    help="The bundle must be signed by this key, or by another one given.",
+)
+_trust_engines = click.option(
+    "--trust-engines",
+    is_flag=True,
+    help="Run engines though no --key signed the bundle. Engines are code; for bundles that you made.",
+)
 _DATA = "digits, mnist, fashion-mnist, cifar10, images:DIR, FILE.npz or pkg.mod:function."
 _training_data = click.option("--data", default="digits", show_default=True, help=_DATA)
 
@@ -298,12 +316,14 @@ def plan(model: Path, batch: tuple[int, ...], budget: int | None, as_json: bool)
 @click.option("--reference", help="Name of the artifact the others are held against; default: the first.")
 @click.option("--samples", type=click.IntRange(min=1), help="How many test samples; default: all.")
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
+@_trust_engines
 @_seed
 @_data_root
 @_json
 def compare(
     artifacts: Sequence[Path], data: str, batch: tuple[int, ...], runtimes: str | None, devices: str,
-    reference: str | None, samples: int | None, markdown: bool, seed: int, data_root: Path | None, as_json: bool,
+    reference: str | None, samples: int | None, markdown: bool, trust_engines: bool, seed: int,
+    data_root: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare memory, accuracy and latency of ARTIFACTS (.onnx, .engine, .pt2, .mopt), each in a fresh process."""
     from memopt_export import commands, console
@@ -311,7 +331,7 @@ def compare(
     with console.measuring() as on_row:
         report = commands.compare_files(
             artifacts, data, batches=batch, runtimes=_names(runtimes), devices=_names(devices), reference=reference,
-            samples=samples, seed=seed, data_root=data_root, on_row=on_row,
+            samples=samples, seed=seed, trust_engines=trust_engines, data_root=data_root, on_row=on_row,
         )  # fmt: skip
     if markdown and not as_json:
         click.echo(report.to_markdown())
@@ -337,22 +357,36 @@ def compare(
     "--labels", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Text file, one label a line."
 )
 @click.option("--license", "license_id", metavar="SPDX", help="Licence of the model, such as Apache-2.0.")
+@click.option("--sign", type=click.Path(path_type=Path), metavar="KEY", help="Sign with this private key.")
+@_passphrase_file
 @_output
 @_data_root
 @_force
 @_json
 def pack(
     parts: Sequence[Path], form: str, name: str | None, data: str | None, labels: Path | None, license_id: str | None,
-    output: Path, data_root: Path | None, force: bool, as_json: bool,
+    sign: Path | None, passphrase_file: Path | None, output: Path, data_root: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Pack PARTS (.onnx, and .engine files built from them) into a bundle; the first graph is the reference."""
     from memopt_export import commands, console
 
     packed = commands.pack(
-        parts, output, form=form, name=name, data=data, labels=labels, license_id=license_id, force=force,
-        data_root=data_root,
+        parts, output, form=form, name=name, data=data, labels=labels, license_id=license_id, sign=sign,
+        passphrase=_passphrase(passphrase_file) if sign else None, force=force, data_root=data_root,
     )  # fmt: skip
     console.show(packed, as_json=as_json)
+
+
+@cli.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Private key; KEY.pub is beside.")
+@_passphrase_file
+@_force
+@_json
+def keygen(output: Path, passphrase_file: Path | None, force: bool, as_json: bool) -> None:
+    """Make a pair of ed25519 keys: the private one signs bundles, the public one is given to those who check."""
+    from memopt_export import commands, console
+
+    console.show(commands.keygen(output, _passphrase(passphrase_file), force=force), as_json=as_json)
 
 
 @cli.command()
@@ -362,15 +396,20 @@ def pack(
 @click.option("--variant", help="The variant to run; default: chosen by memory and accuracy.")
 @click.option("--memory-limit", help="Private memory the model may hold, such as 64MiB.")
 @click.option("--topk", type=click.IntRange(min=1), default=3, show_default=True, help="Classes of each picture.")
+@_key
+@_trust_engines
 @_json
 def run(
     bundle: Path, pictures: Sequence[Path], device: str, variant: str | None, memory_limit: str | None, topk: int,
-    as_json: bool,
+    keys: Sequence[Path], trust_engines: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Classify PICTURES with BUNDLE, by the embedded runtime."""
     from memopt_export import commands, console
 
-    found = commands.run(bundle, pictures, device=device, variant=variant, memory_limit=memory_limit, topk=topk)
+    found = commands.run(
+        bundle, pictures, device=device, variant=variant, memory_limit=memory_limit, topk=topk, trusted_keys=keys,
+        trust_engines=trust_engines,
+    )  # fmt: skip
     console.show(found, as_json=as_json)
 
 
@@ -387,12 +426,19 @@ def inspect(path: Path, as_json: bool) -> None:
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--run", "replay", is_flag=True, help="Replay the golden outputs on every runtime of this machine.")
+@_key
+@click.option("--require-signature", is_flag=True, help="Refuse to answer without a --key: for scripts.")
+@_trust_engines
 @_json
-def verify(bundle: Path, replay: bool, as_json: bool) -> None:
-    """Check structure and digests of BUNDLE."""
+def verify(
+    bundle: Path, replay: bool, keys: Sequence[Path], require_signature: bool, trust_engines: bool, as_json: bool
+) -> None:
+    """Check structure and digests of BUNDLE, and with --key its signature."""
     from memopt_export import commands, console
 
-    verification = commands.verify(bundle, replay=replay)
+    if require_signature and not keys:
+        raise UsageError("--require-signature without a key proves nothing", hint="--key KEY.pub")
+    verification = commands.verify(bundle, replay=replay, trusted_keys=keys, trust_engines=trust_engines)
     console.show(verification, as_json=as_json)
     if not verification.holds:
         raise _Shown(f"{bundle} gives other outputs here than when it was packed")
@@ -451,6 +497,9 @@ def _run(arguments: list[str]) -> int:
         return _tell([], error.problem, error.hint, error.exit_code)
     except MemoptError as error:
         return _tell(arguments, error.problem, error.hint, error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return UsageError.exit_code
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"{context.command_path if context else PROGRAM} --help"
@@ -502,6 +551,16 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals or not name:
             raise UsageError(f"--setting {pair!r} is not NAME=VALUE", hint="--setting width=8")
     return settings
+
+
+def _passphrase(file: Path | None) -> str | None:
+    """From the file, else from the environment, never from the command line, which every process can read."""
+    if file is None:
+        return os.environ.get("MEMOPT_PASSPHRASE")
+    try:
+        return file.read_text().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputRefused(f"{file} cannot be read as text: {first_line(error)}") from error
 
 
 def _profile(batch: Sequence[int]) -> tuple[int, int, int]:

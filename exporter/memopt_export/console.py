@@ -21,6 +21,7 @@ from memopt_export.commands import (
     SavedCheckpoint,
     SavedEngine,
     SavedGraph,
+    SavedKey,
     SavedQuantized,
     Verification,
 )
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 _WIDTH_OF_PIPES = 160  # what is not a terminal has no width of its own
 _REFRESH_S = 0.1
+# Columns of a report that a narrow terminal does without, the most dispensable first.
+_FIRST_TO_GO = ("Weights", "Planned", "File-backed", "Agree", "File", "Device", "p50", "Batch")
 
 
 def show(value: Any, *, as_json: bool) -> None:
@@ -172,8 +175,8 @@ def _table(console: Console, columns: Mapping[str, str], rows: list[list[str]]) 
 
 
 def _say(console: Console, text: str, *, style: str | None = None) -> None:
-    """A line as it is, folded by the terminal and nobody else."""
-    console.print(printable(text), markup=False, highlight=False, soft_wrap=True, style=style)
+    """A line as it is: folded at words on a terminal, whole in a pipe."""
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=not console.is_terminal, style=style)
 
 
 def _escape(text: str) -> str:
@@ -256,8 +259,11 @@ def _draw_plans(console: Console, plans: Plans) -> None:
 
 
 def _draw_report(console: Console, report: Report) -> None:
-    headings = {heading: "left" if heading in ("Variant", "Runtime") else "right" for heading in columns_of(report)}
-    _table(console, headings, [[COLUMNS[heading](row) for heading in headings] for row in report.rows])
+    headings, left_out = _fitting(console.width, report)
+    columns = {heading: "left" if heading in ("Variant", "Runtime") else "right" for heading in headings}
+    _table(console, columns, [[COLUMNS[heading](row) for heading in headings] for row in report.rows])
+    if left_out:
+        _say(console, f"left out at this width: {', '.join(left_out)} (--json has all)")
     reasons: dict[str, list[str]] = {}
     for row in report.rows:
         if row.reason is not None:
@@ -271,14 +277,33 @@ def _draw_report(console: Console, report: Report) -> None:
     )
 
 
+def _fitting(width: int, report: Report) -> tuple[list[str], list[str]]:
+    """The headings whose columns stand side by side within this width, and those that had to go."""
+    headings = columns_of(report)
+    widths = {name: max(len(name), *(len(COLUMNS[name](row)) for row in report.rows)) for name in headings}
+    left_out: list[str] = []
+    for name in _FIRST_TO_GO:
+        if sum(widths[heading] + 3 for heading in headings) > width and name in headings:
+            headings.remove(name)
+            left_out.append(name)
+    return headings, left_out
+
+
 def _draw_packed(console: Console, packed: Packed) -> None:
     facts = {
         "packed": f"{packed.path} ({show_size(packed.size_bytes)}, {packed.files} files)",
         "variants": ", ".join(packed.variants),
         "sha256": packed.sha256,
+        "signed": f"by key {packed.signed_by}" if packed.signed_by else None,
     }
     _facts(console, facts)
     _next(console, f"memopt-export verify {packed.path} --run")
+
+
+def _draw_key(console: Console, saved: SavedKey) -> None:
+    facts = {"private key": f"{saved.path}, keep it", "public key": f"{saved.public_path}, give it away"}
+    _facts(console, facts | {"key id": saved.key_id})
+    _next(console, f"memopt-export pack MODEL.onnx --sign {saved.path} -o MODEL.mopt")
 
 
 def _draw_predicted(console: Console, predicted: Predicted) -> None:
@@ -301,6 +326,7 @@ def _draw_inspection(console: Console, inspection: Inspection) -> None:
 def _draw_verification(console: Console, verification: Verification) -> None:
     size = show_size(verification.size_bytes)
     _say(console, f"{verification.path}: structure holds, {verification.files} sha256 hold ({size})")
+    _say(console, _signed(verification))
     rows = []
     for replay in verification.replays:
         difference = "–" if replay.max_difference is None else f"{replay.max_difference:.2g}"
@@ -310,6 +336,14 @@ def _draw_verification(console: Console, verification: Verification) -> None:
     if rows:
         columns = {"Variant": "left", "Runtime": "left", "Difference": "right", "Allowed": "right", "Verdict": "left"}
         _table(console, columns, rows)
+
+
+def _signed(verification: Verification) -> str:
+    if verification.signed_by is not None:
+        return f"signature holds, by key {verification.signed_by}"
+    if verification.signatures:
+        return f"signed by {', '.join(verification.signatures)}, not checked (--key KEY.pub checks)"
+    return "not signed"
 
 
 def _draw_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
@@ -369,6 +403,7 @@ _DRAW: dict[str, Callable[[Console, Any], None]] = {
     "Plans": _draw_plans,
     "Report": _draw_report,
     "Packed": _draw_packed,
+    "SavedKey": _draw_key,
     "Predicted": _draw_predicted,
     "Inspection": _draw_inspection,
     "Verification": _draw_verification,

@@ -18,7 +18,7 @@ from memopt.artifact import read_sidecar
 from memopt.compare import cells, compare, save_arrays, subjects
 from memopt.cuda_driver import open_driver
 from memopt.errors import BackendError, InputRefused, MemoptError
-from memopt.files import sha256_file, write_atomically
+from memopt.files import refuse_to_overwrite, sha256_file, write_atomically
 from memopt.manifest import MemoryPoint, Stage
 from memopt.ort_runtime import NAME as ORT
 from memopt.probe import Request, measure
@@ -30,7 +30,7 @@ from memopt_export.graph import Graph, load_graph, run_graph, save_graph
 from memopt_export.job import Job
 from memopt_export.pack import GOLDEN_SAMPLES, Contents, EnginePart, OnnxPart, engine_id, pack
 from memopt_export.recipe import Recipe
-from memopt_export.stages import Outcome, Stages, tool_versions
+from memopt_export.stages import Outcome, Stages, locked, tool_versions
 from memopt_models.data import DataSet, Samples, open_data, open_samples
 from memopt_models.factories import source_digest
 
@@ -112,6 +112,7 @@ def run(
         on_progress: told each step of training.
         data_root: where downloaded data lies.
     """
+    refuse_to_overwrite(output, force=True)
     done: list[Outcome] = []
 
     def finished(outcome: Outcome) -> None:
@@ -119,6 +120,14 @@ def run(
         on_done(outcome)
 
     work = Work(job, Stages(folder, on_start, finished), on_progress, data_root)
+    with locked(folder, on_wait=lambda: on_start(f"waiting for the pipeline that works in {folder}")):
+        report, refused = _follow(work, output)
+    cached = sum(outcome.cached for outcome in done)
+    return Result(output, sha256_file(output), report, report_of(output), refused, len(done) - cached, cached)
+
+
+def _follow(work: Work, output: Path) -> tuple[Report, dict[str, str]]:
+    """The line itself, read aloud."""
     checkpoints = make_checkpoints(work)
     exported = {name: export_network(work, name, outcome) for name, outcome in checkpoints.items()}
     graphs = list(quantize_networks(work, exported))
@@ -126,9 +135,8 @@ def run(
     measured = {built.id: measure_variant(work, built, graphs[0]) for built in graphs}
     packed = pack_bundle(work, checkpoints, graphs, engines, measured)
     report = compare_bundle(work, packed, {name: outcome.folder / PROGRAM for name, outcome in exported.items()})
-    report_path = deliver(packed, report, output)
-    cached = sum(outcome.cached for outcome in done)
-    return Result(output, sha256_file(output), report, report_path, refused, len(done) - cached, cached)
+    deliver(packed, report, output)
+    return report, refused
 
 
 def make_checkpoints(work: Work) -> dict[str, Outcome]:
@@ -299,7 +307,7 @@ def compare_bundle(work: Work, bundle: Path, programs: Mapping[str, Path]) -> Re
             for subject in subjects([path])
         ]
         samples = work.samples("test")
-        todo = cells([*torch_first, *subjects([bundle])], batches=asked.batches, runtimes=asked.runtimes or None)
+        todo = cells([*torch_first, *subjects([bundle], trust_engines=True)], batches=asked.batches, runtimes=asked.runtimes or None)
         report = compare(
             todo, samples.feeds, samples.labels,
             reference="dense-fp32", source=samples.source, machine=machine.describe(), on_row=None,
@@ -313,13 +321,16 @@ def compare_bundle(work: Work, bundle: Path, programs: Mapping[str, Path]) -> Re
     return read_report(work.stages.run("compare", made_from, make).read("report.json"))
 
 
-def deliver(bundle: Path, report: Report, output: Path) -> Path:
+def deliver(bundle: Path, report: Report, output: Path) -> None:
     """Puts the bundle and its report where the user wants them; what is there already stays untouched."""
-    report_path = output.with_suffix(".report.json")
     _put(output, bundle.read_bytes())
-    _put(report_path, report.to_json().encode())
+    _put(report_of(output), report.to_json().encode())
     _put(output.with_suffix(".report.md"), (report.to_markdown() + "\n").encode())
-    return report_path
+
+
+def report_of(bundle: Path) -> Path:
+    """Where the report on this bundle lies."""
+    return bundle.with_suffix(".report.json")
 
 
 def _put(path: Path, data: bytes) -> None:

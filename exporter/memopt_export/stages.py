@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -105,6 +107,25 @@ class Stages:
             if beside is not None:
                 shutil.rmtree(beside, ignore_errors=True)
         return Outcome(stage, folder, files, seconds, cached=False)
+
+
+@contextmanager
+def locked(folder: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Keeps other processes out of the folder; `on_wait` is told when another one is inside. The kernel frees the lock
+    of a process that dies.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise OutOfResource(f"{folder} cannot be written: {error.strerror or error}", hint="--work DIR") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _move(beside: Path, folder: Path, is_there: Callable[[], bool]) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from memopt.errors import InputRefused, OutOfResource, UsageError
 from memopt_export.job import read_job, shipped
-from memopt_export.stages import Outcome, Stages
+from memopt_export.stages import Outcome, Stages, locked
 
 
 @pytest.fixture
@@ -110,6 +112,24 @@ def test_of_two_runs_at_once_the_faster_ones_stage_stays(stages: Stages) -> None
 
     assert stages.run("stage one", {"x": 1}, meanwhile).read("out.txt") == b"a"
     assert made(stages).cached
+
+
+def test_a_second_process_waits_for_the_first_and_says_so(tmp_path: Path) -> None:
+    waited: list[str] = []
+    order: list[str] = []
+
+    def second() -> None:
+        with locked(tmp_path, on_wait=lambda: waited.append("yes")):
+            order.append("second")
+
+    with locked(tmp_path, on_wait=lambda: waited.append("never")):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while not waited:
+            time.sleep(0.01)
+        order.append("first")
+    thread.join()
+    assert (waited, order) == (["yes"], ["first", "second"])
 
 
 @pytest.mark.parametrize("name", shipped())
