@@ -39,7 +39,7 @@ def quantize(
     Args:
         graph: a float32 graph; it is left untouched, and simplified first.
         recipe: what to make of it.
-        samples: what to calibrate on; None for precisions that need nothing.
+        samples: what to calibrate on. fp16 does without, but then an overflow is not seen.
         batch_size: samples in one calibration run, where the graph leaves it free.
         exclude: names of nodes to leave in float32.
         on_step: told the number of samples seen, after each calibration run.
