@@ -110,6 +110,16 @@ class Packed:
     sha256: str | None  # of a single file
     variants: tuple[str, ...]
     files: int
+    signed_by: str | None = None
+
+
+@dataclass(frozen=True)
+class SavedKey:
+    """A pair of keys on disk."""
+
+    path: str
+    public_path: str
+    key_id: str
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,8 @@ class Verification:
     files: int
     size_bytes: int
     replays: tuple[Replay, ...] = ()
+    signed_by: str | None = None  # the trusted key whose signature holds
+    signatures: tuple[str, ...] = ()  # the keys that claim to have signed
 
     @property
     def holds(self) -> bool:
@@ -315,13 +327,13 @@ def plan(model: Path, batches: Sequence[int], budget_bytes: int | None) -> Plans
 
 def compare_files(
     paths: Sequence[Path], data: str, *, batches: Sequence[int], runtimes: Sequence[str], devices: Sequence[str],
-    reference: str | None, samples: int | None, seed: int, data_root: Path | None = None,
-    on_row: Callable[[Row], None] | None = None,
+    reference: str | None, samples: int | None, seed: int, trust_engines: bool = False,
+    data_root: Path | None = None, on_row: Callable[[Row], None] | None = None,
 ) -> Report:  # fmt: skip
     """Memory, accuracy and latency of every artifact in these files, on the test split."""
     from memopt_models.data import open_samples
 
-    found = subjects(paths)
+    found = subjects(paths, trust_engines=trust_engines)
     given = open_samples(data, split="test", inputs=_inputs_of(paths), root=data_root)
     given = given.take(min(samples, len(given)), seed=seed) if samples else given
     todo = cells(found, batches=batches, runtimes=runtimes or None, devices=devices)
@@ -333,12 +345,15 @@ def compare_files(
 
 def pack(
     paths: Sequence[Path], output: Path, *, form: str, name: str | None, data: str | None, labels: Path | None,
-    license_id: str | None, force: bool, data_root: Path | None = None,
+    license_id: str | None, sign: Path | None = None, passphrase: str | None = None, force: bool = False,
+    data_root: Path | None = None,
 ) -> Packed:  # fmt: skip
     """A bundle of these graphs and engines; labels, preprocessing and golden samples come from the data set."""
     from memopt_export import pack as packing
+    from memopt_export.signing import load_key
     from memopt_models.data import open_data, open_samples
 
+    key = load_key(sign, passphrase) if sign is not None else None
     parts = _parts(paths)
     graphs = [part for part in parts if isinstance(part, packing.OnnxPart)]
     opened = open_data(data, root=data_root) if data and not data.endswith(".npz") else None
@@ -354,19 +369,33 @@ def pack(
         golden_inputs=golden,
         license=license_id,
     )
-    manifest = packing.pack(contents, output, form=form, force=force)
+    manifest = packing.pack(contents, output, form=form, sign=key, force=force)
     size = output.stat().st_size if output.is_file() else sum(file.size_bytes for file in manifest.files)
     digest = sha256_file(output) if output.is_file() else None
-    return Packed(str(output), size, digest, tuple(v.id for v in manifest.variants), len(manifest.files))
+    variants = tuple(variant.id for variant in manifest.variants)
+    return Packed(str(output), size, digest, variants, len(manifest.files), key.key_id if key else None)
+
+
+def keygen(output: Path, passphrase: str | None, *, force: bool) -> SavedKey:
+    """A new pair of keys: the private one locked by the passphrase, the public one beside it."""
+    from memopt_export import signing
+
+    key = signing.generate()
+    signing.save_key(key, output, passphrase or "", force=force)
+    return SavedKey(str(output), str(signing.public_path(output)), key.key_id)
 
 
 def run(
-    bundle: Path, pictures: Sequence[Path], *, device: str, variant: str | None, memory_limit: str | None, topk: int
-) -> Predicted:
+    bundle: Path, pictures: Sequence[Path], *, device: str, variant: str | None, memory_limit: str | None, topk: int,
+    trusted_keys: Sequence[Path] = (), trust_engines: bool = False,
+) -> Predicted:  # fmt: skip
     """The classes of these pictures, by the embedded runtime."""
     import memopt
 
-    with memopt.load(bundle, device=device, variant=variant, memory_limit=memory_limit) as model:
+    with memopt.load(
+        bundle, device=device, variant=variant, memory_limit=memory_limit, trusted_keys=trusted_keys,
+        trust_engines=trust_engines,
+    ) as model:  # fmt: skip
         found = model.predict(pictures, topk=topk)
         answers = {
             str(picture): tuple((p.label, p.probability) for p in best)
@@ -375,12 +404,15 @@ def run(
         return Predicted(model.variant, model.why, answers)
 
 
-def verify(path: Path, *, replay: bool) -> Verification:
-    """Structure and digests of a bundle; with `replay`, the golden outputs on every runtime of this machine."""
-    bundle = open_bundle(path)
+def verify(path: Path, *, replay: bool, trusted_keys: Sequence[Path] = (), trust_engines: bool = False) -> Verification:
+    """Structure and digests of a bundle, and its signature when keys are given.
+
+    With `replay`, the golden outputs on every runtime of this machine as well.
+    """
+    bundle = open_bundle(path, trusted_keys=trusted_keys)
     size = sum(len(entry) for entry in bundle.entries.values())
-    replays = tuple(_replay(bundle)) if replay else ()
-    return Verification(str(path), len(bundle.manifest.files), size, replays)
+    replays = tuple(_replay(bundle, trust_engines=trust_engines)) if replay else ()
+    return Verification(str(path), len(bundle.manifest.files), size, replays, bundle.signed_by, bundle.signatures)
 
 
 def doctor() -> Diagnosis:
@@ -492,15 +524,16 @@ def _parts(paths: Sequence[Path]) -> list[packing.OnnxPart | packing.EnginePart]
     return parts
 
 
-def _replay(bundle: Bundle) -> Iterator[Replay]:
+def _replay(bundle: Bundle, *, trust_engines: bool) -> Iterator[Replay]:
     """Every variant on every device of its runtime that works here; what a machine lacks is no fault of the bundle."""
     if bundle.manifest.golden is None:
         raise InputRefused(f"{bundle.path} has no golden outputs", hint="memopt-export pack --data SPEC")
     for variant in bundle.manifest.variants:
         made_for = runtime(variant.runtime)
         artifact = bundle.artifact(variant.id)
+        distrusted = bundle.distrusts(variant, trust_engines=trust_engines)
         for device in made_for.DEVICES:
-            reason = made_for.unavailable(device) or made_for.refuses(artifact)
+            reason = distrusted or made_for.unavailable(device) or made_for.refuses(artifact)
             place = f"{variant.runtime} {device}"
             if reason is not None:
                 yield Replay(variant.id, place, None, None, reason, excused=True)

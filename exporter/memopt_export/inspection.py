@@ -120,6 +120,7 @@ def _inspect_bundle(path: Path) -> Inspection:
         "golden": "inputs, and every variant's outputs" if manifest.golden else "none",
         "lineage": " -> ".join(dict.fromkeys(stage.stage for stage in manifest.lineage)) or "none",
         "license": manifest.license or "not stated",
+        "signed": f"by {', '.join(bundle.signatures)}, not checked" if bundle.signatures else "no",
         "files": f"{len(manifest.files)}, every sha256 holds",
     }
     parts = tuple(

@@ -18,10 +18,12 @@ from memopt.bundle import MANIFEST, MIMETYPE, MIMETYPE_BYTES
 from memopt.errors import InputRefused, UsageError
 from memopt.files import atomic_file, refuse_to_overwrite, write_atomically
 from memopt.manifest import EngineInfo, File, Golden, Manifest, MemoryPoint, Stage, Variant, VariantMemory, encode
+from memopt.signature import entry_of
 from memopt.tensors import Array
 from memopt_export.external_weights import split
 from memopt_export.graph import Graph, run_graph
 from memopt_export.plan import plan
+from memopt_export.signing import SigningKey
 
 WEIGHTS = "weights.data"
 GOLDEN_SAMPLES = 8
@@ -104,13 +106,16 @@ class Contents:
         return tuple(part for part in self.parts if isinstance(part, EnginePart))
 
 
-def pack(contents: Contents, output: Path, *, form: str = "mopt", force: bool = False) -> Manifest:
+def pack(
+    contents: Contents, output: Path, *, form: str = "mopt", sign: SigningKey | None = None, force: bool = False
+) -> Manifest:
     """Writes the bundle and returns its manifest; equal contents give equal bytes.
 
     Args:
         contents: what goes in.
         output: the `.mopt` file, or the folder for form "dir".
         form: one of FORMS.
+        sign: the key that vouches for the manifest.
         force: replaces an existing output.
 
     Raises:
@@ -137,7 +142,9 @@ def pack(contents: Contents, output: Path, *, form: str = "mopt", force: bool = 
         producer={"memopt": __version__, **contents.tools},
         license=contents.license,
     )
-    FORMS[form]([Entry(MIMETYPE, MIMETYPE_BYTES), Entry(MANIFEST, encode(manifest)), *items], output, force)
+    encoded = encode(manifest)
+    signatures = [Entry(entry_of(sign.key_id), sign.sign(encoded))] if sign is not None else []
+    FORMS[form]([Entry(MIMETYPE, MIMETYPE_BYTES), Entry(MANIFEST, encoded), *signatures, *items], output, force)
     return manifest
 
 

@@ -307,7 +307,8 @@ def compare_bundle(work: Work, bundle: Path, programs: Mapping[str, Path]) -> Re
             for subject in subjects([path])
         ]
         samples = work.samples("test")
-        todo = cells([*torch_first, *subjects([bundle], trust_engines=True)], batches=asked.batches, runtimes=asked.runtimes or None)
+        found = [*torch_first, *subjects([bundle], trust_engines=True)]  # built by this very run
+        todo = cells(found, batches=asked.batches, runtimes=asked.runtimes or None)
         report = compare(
             todo, samples.feeds, samples.labels,
             reference="dense-fp32", source=samples.source, machine=machine.describe(), on_row=None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,23 @@ from memopt.artifact import Artifact, map_file, release_pages
 from memopt.errors import InputRefused, IntegrityError, UsageError
 from memopt.manifest import MAX_MANIFEST_BYTES, File, Manifest, Variant, decode
 from memopt.preprocess import check_steps
+from memopt.signature import (
+    FOLDER,
+    MAX_SIGNATURE_BYTES,
+    MAX_SIGNATURES,
+    PublicKey,
+    entry_of,
+    is_signature,
+    parse_signature,
+    read_public_key,
+)
+from memopt.signature import verify as verify_signature
 from memopt.tensors import Array
 
 MANIFEST = "memopt.json"
 MIMETYPE = "mimetype"
 MIMETYPE_BYTES = b"application/vnd.memopt.bundle.v1"
-UNLISTED = frozenset({MANIFEST, MIMETYPE})  # entries that the manifest does not list
+UNLISTED = frozenset({MANIFEST, MIMETYPE})  # entries that the manifest does not list, besides signatures
 VERIFY = ("full", "off")
 _BLOCK = 2**20
 
@@ -34,6 +45,12 @@ class Bundle:
     path: Path
     manifest: Manifest
     entries: Mapping[str, memoryview]
+    signed_by: str | None = None  # the trusted key whose signature was checked and holds
+
+    @property
+    def signatures(self) -> tuple[str, ...]:
+        """The ids of the keys that claim to have signed, whether trusted or not."""
+        return tuple(name.removeprefix(FOLDER).partition(".")[0] for name in self.entries if is_signature(name))
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -65,6 +82,12 @@ class Bundle:
             weights_location=Path(variant.weights).name if variant.weights else None,
             engine=variant.engine,
         )
+
+    def distrusts(self, variant: Variant, *, trust_engines: bool) -> str | None:
+        """Why the variant may not run: it is an engine, so code, and nobody vouches for it; None when it may."""
+        if variant.engine is None or trust_engines or self.signed_by is not None:
+            return None
+        return "engines are code: no trusted key signed this bundle; hint: --trust-engines, or trust_engines=True"
 
     def size_bytes(self, variant: Variant) -> int:
         """Bytes of the variant in the bundle, external initializers included."""
@@ -99,21 +122,26 @@ class Bundle:
         return array
 
 
-def open_bundle(path: Path | str, *, verify: str = "full") -> Bundle:
+def open_bundle(
+    path: Path | str, *, verify: str = "full", trusted_keys: Sequence[PublicKey | Path | str] = ()
+) -> Bundle:
     """The bundle at `path`, a `.mopt` file or a folder.
 
     Args:
         path: where it is.
         verify: "full" checks the sha256 of every file first; "off" checks the structure only, and an engine's sha256
             when it is taken out: its bytes are code.
+        trusted_keys: public keys, or files of such; when given, one of them must have signed the manifest.
 
     Raises:
         InputRefused: missing, or not a bundle at all.
-        IntegrityError: damaged, or not what its manifest says.
+        IntegrityError: damaged, not what its manifest says, or not signed by a trusted key.
+        BackendError: keys are given, and the library that checks signatures is missing.
     """
     if verify not in VERIFY:
         raise UsageError(f"verify is {verify!r}", hint=" or ".join(VERIFY))
     path = Path(path)
+    keys = [key if isinstance(key, PublicKey) else read_public_key(key) for key in trusted_keys]
     entries = _entries_of_folder(path) if path.is_dir() else _entries_of_file(path)
     try:
         if MANIFEST not in entries:
@@ -122,12 +150,14 @@ def open_bundle(path: Path | str, *, verify: str = "full") -> Bundle:
             raise IntegrityError(
                 f"its manifest has {len(entries[MANIFEST])} bytes, at most {MAX_MANIFEST_BYTES} are read"
             )
+        _check_signatures(entries)
+        signed_by = _signed_by(entries, keys) if keys else None
         manifest = decode(bytes(entries[MANIFEST]))
         check_steps(manifest.preprocess)
         _check_entries(entries, manifest.files)
     except IntegrityError as error:
         raise IntegrityError(f"{path}: {error.problem}", hint=error.hint) from error
-    bundle = Bundle(path, manifest, entries)
+    bundle = Bundle(path, manifest, entries, signed_by)
     for file in manifest.files if verify == "full" else ():
         bundle.verify(file)
     return bundle
@@ -144,7 +174,8 @@ def _entries_of_file(path: Path) -> dict[str, memoryview]:
     entries = {name: data[span.offset : span.offset + span.size_bytes] for name, span in spans.items()}
     if next(iter(entries), None) != MIMETYPE or entries[MIMETYPE] != memoryview(MIMETYPE_BYTES):
         raise InputRefused(f"{path} is a zip file, but not a memopt bundle")
-    for name in UNLISTED & set(entries):  # the others are checked by sha256
+    unlisted = [name for name in entries if name in UNLISTED or is_signature(name)]  # the others are checked by sha256
+    for name in unlisted:
         if len(entries[name]) <= MAX_MANIFEST_BYTES and zlib.crc32(entries[name]) != spans[name].crc32:
             raise IntegrityError(f"{path}: {name} is damaged")
     return entries
@@ -165,14 +196,40 @@ def _entries_of_folder(path: Path) -> dict[str, memoryview]:
     return entries
 
 
+def _check_signatures(entries: Mapping[str, memoryview]) -> None:
+    """What is called a signature is one, and by the key in its name; whether it holds is asked with keys only."""
+    names = [name for name in entries if is_signature(name)]
+    if len(names) > MAX_SIGNATURES:
+        raise IntegrityError(f"it has {len(names)} signatures, at most {MAX_SIGNATURES} are read")
+    for name in names:
+        key_id = parse_signature(bytes(entries[name][: MAX_SIGNATURE_BYTES + 1])).key_id
+        if name != entry_of(key_id):
+            raise IntegrityError(f"{name} is a signature by key {key_id}")
+
+
+def _signed_by(entries: Mapping[str, memoryview], keys: Sequence[PublicKey]) -> str:
+    """The first trusted key that signed; every signature that claims to be by a trusted key must hold."""
+    trusted = [entry_of(key.key_id) for key in keys]
+    claimed = [name for name in entries if is_signature(name)]
+    if not claimed:
+        raise IntegrityError("it is not signed, and a trusted key is asked for", hint="memopt-export pack --sign KEY")
+    manifest = bytes(entries[MANIFEST])
+    claimed = [name for name in claimed if name in trusted] or claimed[:1]
+    held = [verify_signature(manifest, bytes(entries[name]), keys) for name in claimed]
+    return held[0]
+
+
 def _check_entries(entries: Mapping[str, memoryview], files: tuple[File, ...]) -> None:
     """Every listed file is there with its size, and nothing else is."""
     for file in files:
+        if is_signature(file.path):
+            raise IntegrityError(f"{file.path} is a signature, which no manifest can list")
         if file.path not in entries:
             raise IntegrityError(f"{file.path} is missing")
         if len(entries[file.path]) != file.size_bytes:
             raise IntegrityError(f"{file.path} has {len(entries[file.path])} bytes, {file.size_bytes} were promised")
-    unknown = sorted(set(entries) - UNLISTED - {file.path for file in files})
+    listed = {file.path for file in files}
+    unknown = sorted(name for name in set(entries) - UNLISTED - listed if not is_signature(name))
     if unknown:
         raise IntegrityError(f"{unknown[0]} is in the bundle but not in its manifest")
 

@@ -35,12 +35,13 @@ class Choice:
 
 def choose(
     bundle: Bundle, *, device: str = "auto", variant: str | None = None, memory_limit: int | None = None,
-    max_drop: float = 1.0,
+    max_drop: float = 1.0, trust_engines: bool = False,
 ) -> Choice:  # fmt: skip
     """The variant to run: on the first device that works, the one that needs least memory among the accurate ones.
 
     Accurate is what loses at most `max_drop` percentage points of validation accuracy against the best variant of the
     bundle. Under a limit that no accurate variant meets, the most accurate one that fits is taken, and `why` says so.
+    Engines are code: they are left out, and `why` says so, unless a trusted key signed the bundle or `trust_engines`.
 
     Raises:
         UsageError: a device name that does not exist.
@@ -51,10 +52,12 @@ def choose(
         raise UsageError(f"device {device!r} is not known", hint="auto, " + ", ".join(DEVICES))
     if variant is not None:
         bundle.manifest.variant(variant)
-    refused: list[str] = []
+    distrusted = {v.id: bundle.distrusts(v, trust_engines=trust_engines) for v in bundle.manifest.variants}
+    refused = [f"{name}: {why}" for name, why in distrusted.items() if why is not None and variant in (None, name)]
+    trusted = [v for v in bundle.manifest.variants if distrusted[v.id] is None and variant in (None, v.id)]
     too_large: list[Choice] = []
     for name in DEVICES if device == "auto" else (device,):
-        runnable = _runnable(bundle, name, variant, refused)
+        runnable = _runnable(bundle, name, trusted, refused)
         fitting = [choice for choice in runnable if _fits(choice, memory_limit)]
         if fitting:
             return _best(bundle, fitting, memory_limit, max_drop, refused)
@@ -65,13 +68,13 @@ def choose(
     raise BackendError(f"{bundle.path} has nothing that runs on {device}: " + "; ".join(refused))
 
 
-def _runnable(bundle: Bundle, device: str, variant: str | None, refused: list[str]) -> list[Choice]:
-    """Every variant that a runtime of this device opens here; the others leave their reason in `refused`."""
+def _runnable(bundle: Bundle, device: str, variants: list[Variant], refused: list[str]) -> list[Choice]:
+    """Each of the variants that a runtime of this device opens here; the others leave their reason in `refused`."""
     found = []
     for runtime_name, where in DEVICES[device]:
         runtime = RUNTIMES[runtime_name]
-        candidates = [v for v in bundle.manifest.variants if v.runtime == runtime_name and variant in (None, v.id)]
-        reason = runtime.unavailable(where) if candidates else "no such variant in the bundle"
+        candidates = [variant for variant in variants if variant.runtime == runtime_name]
+        reason = runtime.unavailable(where) if candidates else "no variant to run"
         if reason:
             refused.append(f"{runtime_name} {where}: {reason}")
             continue

@@ -35,6 +35,7 @@ class Subject:
     precision: str | None = None
     weights_bytes: int | None = None
     activation_bytes: int | None = None  # planned at batch 1
+    distrusted: str | None = None  # why it may not run
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ class Cell:
     reason: str | None = None
 
 
-def subjects(paths: Iterable[Path]) -> list[Subject]:
+def subjects(paths: Iterable[Path], *, trust_engines: bool = False) -> list[Subject]:
     """Every artifact in these files and bundles; a bundle counts for all its variants.
 
-    A name that stands more than once gets its path in front.
+    A name that stands more than once gets its path in front. Engines in bundles are code, and not run unless
+    `trust_engines`; an engine named by its own path is.
 
     Raises:
         InputRefused, IntegrityError: a file that is no artifact, or a damaged bundle.
@@ -60,7 +62,8 @@ def subjects(paths: Iterable[Path]) -> list[Subject]:
     for path in paths:
         if path.suffix == ".mopt" or path.is_dir():
             bundle = open_bundle(path)
-            found += [_variant_subject(path, bundle, variant) for variant in bundle.manifest.variants]
+            variants = bundle.manifest.variants
+            found += [_variant_subject(path, bundle, each, trust_engines=trust_engines) for each in variants]
         else:
             found.append(Subject(path.name, path, open_artifact(path)))
     names = Counter(subject.name for subject in found)
@@ -144,7 +147,7 @@ def save_arrays(feeds: Mapping[str, Array], folder: Path) -> dict[str, str]:
     return files
 
 
-def _variant_subject(path: Path, bundle: Bundle, variant: Variant) -> Subject:
+def _variant_subject(path: Path, bundle: Bundle, variant: Variant, *, trust_engines: bool) -> Subject:
     memory = variant.memory
     return Subject(
         name=variant.id,
@@ -154,6 +157,7 @@ def _variant_subject(path: Path, bundle: Bundle, variant: Variant) -> Subject:
         precision=variant.precision,
         weights_bytes=memory.weights_bytes,
         activation_bytes=memory.activation_bytes,
+        distrusted=bundle.distrusts(variant, trust_engines=trust_engines),
     )
 
 
@@ -171,6 +175,9 @@ def _places(subject: Subject, runtimes: Sequence[str], devices: Sequence[str]) -
         yield name, RUNTIMES[name].DEVICES[0], reason
     for name in openers:
         runtime = RUNTIMES[name]
+        if subject.distrusted is not None:
+            yield name, runtime.DEVICES[0], subject.distrusted
+            continue
         reasons = {device: runtime.unavailable(device) for device in runtime.DEVICES if device in devices}
         usable = [device for device, reason in reasons.items() if reason is None]
         yield from ((name, device, None) for device in usable)

@@ -13,20 +13,20 @@ from typing import BinaryIO
 from memopt.errors import InputRefused, OutOfResource, UsageError
 
 
-def write_atomically(path: Path, data: bytes, *, force: bool = False) -> None:
-    """Writes `data` to `path`, whole or not at all.
+def write_atomically(path: Path, data: bytes, *, force: bool = False, mode: int = 0o644) -> None:
+    """Writes `data` to `path`, whole or not at all, readable by whom `mode` allows and at no time by others.
 
     Raises:
         UsageError: the file exists and `force` is not given.
         OutOfResource: the disk is full.
         InputRefused: the folder cannot be written.
     """
-    with atomic_file(path, force=force) as file:
+    with atomic_file(path, force=force, mode=mode) as file:
         file.write(data)
 
 
 @contextmanager
-def atomic_file(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, force: bool = False, mode: int = 0o644) -> Iterator[BinaryIO]:
     """A file open for writing that becomes `path` when the block ends well, and vanishes when it does not."""
     refuse_to_overwrite(path, force=force)
     temporary = None
@@ -38,7 +38,7 @@ def atomic_file(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
     except OSError as error:
         _drop(temporary)

@@ -17,6 +17,7 @@ from memopt.errors import InputRefused, OutOfResource
 from memopt.memory import Bill, DeviceMemory, give_back, read_host_memory
 from memopt.preprocess import prepare, prepare_file
 from memopt.runtimes import RUNTIMES
+from memopt.signature import PublicKey
 from memopt.sizes import parse_size
 from memopt.tensors import Array, TensorSpec
 
@@ -40,6 +41,8 @@ def load(
     max_drop: float = 1.0,
     threads: int = 0,
     verify: str = "full",
+    trusted_keys: Sequence[PublicKey | Path | str] = (),
+    trust_engines: bool = False,
 ) -> Model:
     """The bundle at `path`, open and ready to run.
 
@@ -52,15 +55,20 @@ def load(
         max_drop: percentage points of validation accuracy that a smaller variant may lose against the best one.
         threads: threads within one operator; 0 lets the library choose.
         verify: "full" checks the sha256 of every file first, "off" does not.
+        trusted_keys: public keys, or files of such; when given, one of them must have signed the bundle.
+        trust_engines: also uses the engines of a bundle that no trusted key signed. Engines are code that runs with
+            your rights: say so for bundles that you made yourself.
 
     Raises:
-        InputRefused, IntegrityError: not a bundle, or a damaged one.
+        InputRefused, IntegrityError: not a bundle, a damaged one, or one that no trusted key signed.
         BackendError: nothing in the bundle runs on the device.
         OutOfResource: no variant fits into the limit.
     """
     limit = parse_size(memory_limit) if memory_limit is not None else None
-    bundle = open_bundle(path, verify=verify)
-    choice = choose(bundle, device=device, variant=variant, memory_limit=limit, max_drop=max_drop)
+    bundle = open_bundle(path, verify=verify, trusted_keys=trusted_keys)
+    choice = choose(
+        bundle, device=device, variant=variant, memory_limit=limit, max_drop=max_drop, trust_engines=trust_engines
+    )
     model = Model(bundle, choice, threads=threads)
     if limit is not None:
         model.fit_batch(limit)
@@ -105,6 +113,11 @@ class Model:
     def placement(self) -> str:
         """Where it really runs, as the library says it."""
         return self._session.placement
+
+    @property
+    def signed_by(self) -> str | None:
+        """The id of the trusted key that signed the bundle; None where no trusted keys were given."""
+        return self._bundle.signed_by
 
     @property
     def why(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ import pytest
 from memopt_export import cli
 from memopt_export.graph import Graph, save_graph
 from memopt_export.pack import Contents, pack
+from memopt_export.signing import generate
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_graph: Graph, tiny_bun
     (path / "cut.onnx").write_bytes((path / "tiny.onnx").read_bytes()[:1000])
     (path / "cut.mopt").write_bytes(tiny_bundle.read_bytes()[:-100])
     (path / "other.txt").write_text("text")
+    (path / "binary").write_bytes(b"\xff")
+    (path / "stranger.pub").write_bytes(generate().public_file())
     (path / "bad\x1b[31m.onnx").write_bytes(b"x")
     return path
 
 
 COMMANDS = (
-    "compare", "distill", "doctor", "engine", "export", "inspect", "pack", "pipeline", "plan", "prune", "quantize",
-    "run", "train", "verify",
+    "compare", "distill", "doctor", "engine", "export", "inspect", "keygen", "pack", "pipeline", "plan", "prune",
+    "quantize", "run", "train", "verify",
 )  # fmt: skip
 
 
@@ -97,6 +100,17 @@ REFUSED = [
     (("inspect", "cut.mopt"), 4, "cut.mopt: not a bundle, or its end is missing"),
     (("verify", "tiny.onnx"), 3, "tiny.onnx is not a memopt bundle"),
     (("verify", "cut.mopt"), 4, "cut.mopt"),
+    (("verify", "tiny.mopt", "--key", "none.pub"), 3, "none.pub cannot be read"),
+    (("verify", "tiny.mopt", "--key", "other.txt"), 4, "other.txt: the public key is cut or damaged"),
+    (("verify", "tiny.mopt", "--key", "stranger.pub"), 4, "tiny.mopt: it is not signed"),
+    (("verify", "tiny.mopt", "--require-signature"), 2, "without a key proves nothing; hint: --key KEY.pub"),
+    (("run", "tiny.mopt", "none.png", "--key", "stranger.pub"), 4, "tiny.mopt: it is not signed"),
+    (("keygen", "-o", "my.key"), 2, "the passphrase is empty; hint: --passphrase-file"),
+    (("keygen", "-o", "other.txt", "--passphrase-file", "stranger.pub"), 2, "other.txt exists"),
+    (("keygen", "-o", "my.key", "--passphrase-file", "empty.onnx"), 2, "the passphrase is empty"),
+    (("keygen", "-o", "my.key", "--passphrase-file", "binary"), 3, "binary cannot be read as text"),
+    (("pack", "tiny.onnx", "-o", "x.mopt", "--sign", "stranger.pub"), 3, "stranger.pub is no private key"),
+    (("pack", "tiny.onnx", "-o", "x.mopt", "--sign", "none.key"), 3, "none.key cannot be read"),
     (("plan", "page.onnx"), 3, "not a valid ONNX model"),
     (("plan", "tiny.onnx", "--batch", "0"), 2, "'0' is no list of batches"),
     (("plan", "tiny.onnx", "--budget", "12QB"), 2, "'12QB' is not a size"),
@@ -115,7 +129,7 @@ REFUSED = [
     (("pack", "other.txt", "-o", "x.mopt"), 2, "other.txt cannot be packed"),
     (("pack", "page.onnx", "-o", "x.mopt"), 3, "not a valid ONNX model"),
     (("run", "tiny.mopt", "other.txt"), 3, "other.txt"),
-    (("run", "tiny.mopt", "none.png"), 3, "none.png cannot be read"),
+    (("run", "tiny.mopt", "none.png"), 3, "'none.png' cannot be read"),
     (("run", "tiny.mopt", "none.png", "--device", "npu"), 2, "device 'npu' is not known"),
     (("run", "tiny.mopt", "none.png", "--device", "tensorrt"), 5, "nothing that runs on tensorrt"),
     (("run", "tiny.mopt", "none.png", "--memory-limit", "1MiB"), 6, "nothing fits into 1.00 MiB"),
@@ -209,6 +223,49 @@ def test_the_way_of_one_model(type_: Callable[..., Answer], folder: Path, tmp_pa
     assert [row["name"] for row in measured] == ["tiny", "int8", "fp16"]
     assert all(row["private_bytes"] and row["p50_ms"] for row in measured)
     assert engine["reason"] == "tensorrt-rtx was not asked for"
+
+
+@pytest.mark.parametrize("secret", ["file", "environment"])
+def test_a_bundle_is_signed_and_checked(
+    type_: Callable[..., Answer], folder: Path, tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch,
+    secret: str,
+) -> None:  # fmt: skip
+    key, bundle, public = tmp_path / "my.key", tmp_path / "x.mopt", tmp_path / "my.key.pub"
+    (tmp_path / "words").write_text("secret words\n")
+    words = ("--passphrase-file", tmp_path / "words") if secret == "file" else ()
+    if secret == "environment":
+        monkeypatch.setenv("MEMOPT_PASSPHRASE", "secret words")
+    made = json.loads(type_("keygen", "-o", key, *words, "--json").out)
+    assert key.stat().st_mode & 0o777 == 0o600
+    data = ("--data", folder / "data.npz")
+    packed = type_("pack", folder / "tiny.onnx", *data, "-o", bundle, "--sign", key, *words)
+    assert f"by key {made['key_id']}" in packed.out
+    assert f"signature holds, by key {made['key_id']}" in type_(
+        "verify", bundle, "--key", public, "--key", folder / "stranger.pub", "--require-signature", "--run"
+    ).out  # fmt: skip
+    assert f"signed by {made['key_id']}, not checked" in type_("verify", bundle).out
+    assert json.loads(type_("inspect", bundle, "--json").out)["facts"]["signed"].startswith(f"by {made['key_id']}")
+    refused = type_("run", bundle, picture, "--key", folder / "stranger.pub")
+    assert refused.code == 4
+    answer = type_("verify", bundle, "--key", folder / "stranger.pub")
+    assert answer.code == 4
+    assert f"signed by key {made['key_id']}, trusted: " in answer.err
+    assert type_("verify", bundle, "--key", key).code == 4
+    assert "not signed" in type_("verify", folder / "tiny.mopt").out
+
+
+def test_a_wrong_passphrase_leaves_no_bundle(type_: Callable[..., Answer], folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "words").write_text("secret words")
+    (tmp_path / "other").write_text("other words")
+    type_("keygen", "-o", tmp_path / "my.key", "--passphrase-file", tmp_path / "words")
+    bundle = tmp_path / "x.mopt"
+    answer = type_(
+        "pack", folder / "tiny.onnx", "-o", bundle, "--sign", tmp_path / "my.key", "--passphrase-file",
+        tmp_path / "other",
+    )  # fmt: skip
+    assert answer.code == 3
+    assert "my.key cannot be unlocked" in answer.err
+    assert not bundle.exists()
 
 
 def test_pictures_are_classified(type_: Callable[..., Answer], folder: Path, picture: Path) -> None:
