@@ -34,7 +34,7 @@ MANIFEST = "memopt.json"
 MIMETYPE = "mimetype"
 MIMETYPE_BYTES = b"application/vnd.memopt.bundle.v1"
 UNLISTED = frozenset({MANIFEST, MIMETYPE})  # entries that the manifest does not list, besides signatures
-VERIFY = ("full", "off")
+VERIFY = ("full", "lazy", "off")
 _BLOCK = 2**20
 
 
@@ -46,6 +46,7 @@ class Bundle:
     manifest: Manifest
     entries: Mapping[str, memoryview]
     signed_by: str | None = None  # the trusted key whose signature was checked and holds
+    unchecked: frozenset[str] = frozenset()  # files whose sha256 somebody has still to check
 
     @property
     def signatures(self) -> tuple[str, ...]:
@@ -114,6 +115,12 @@ class Bundle:
         if digest.hexdigest() != file.sha256:
             raise IntegrityError(f"{self.path}: {file.path} is damaged, its sha256 is not the manifest's")
 
+    def check_variant(self, variant: Variant) -> None:
+        """Raises IntegrityError unless what is still `unchecked` of this variant has the sha256 promised."""
+        for file in self.manifest.files:
+            if file.path in self.unchecked and file.path in (variant.model, variant.weights):
+                self.verify(file)
+
     def _array(self, name: str) -> Array:
         try:
             array: Array = np.load(io.BytesIO(self.entries[name]), allow_pickle=False)
@@ -129,8 +136,9 @@ def open_bundle(
 
     Args:
         path: where it is.
-        verify: "full" checks the sha256 of every file first; "off" checks the structure only, and an engine's sha256
-            when it is taken out: its bytes are code.
+        verify: "full" checks the sha256 of every file first; "lazy" that of all but external weights, which are left
+            in `unchecked` for `check_variant`; "off" checks the structure only, and an engine's sha256 when it is
+            taken out: its bytes are code.
         trusted_keys: public keys, or files of such; when given, one of them must have signed the manifest.
 
     Raises:
@@ -139,7 +147,7 @@ def open_bundle(
         BackendError: keys are given, and the library that checks signatures is missing.
     """
     if verify not in VERIFY:
-        raise UsageError(f"verify is {verify!r}", hint=" or ".join(VERIFY))
+        raise UsageError(f"verify is {verify!r}", hint=", ".join(VERIFY))
     path = Path(path)
     keys = [key if isinstance(key, PublicKey) else read_public_key(key) for key in trusted_keys]
     entries = _entries_of_folder(path) if path.is_dir() else _entries_of_file(path)
@@ -157,9 +165,11 @@ def open_bundle(
         _check_entries(entries, manifest.files)
     except IntegrityError as error:
         raise IntegrityError(f"{path}: {error.problem}", hint=error.hint) from error
-    bundle = Bundle(path, manifest, entries, signed_by)
-    for file in manifest.files if verify == "full" else ():
-        bundle.verify(file)
+    weights = frozenset(variant.weights for variant in manifest.variants if variant.weights is not None)
+    bundle = Bundle(path, manifest, entries, signed_by, weights if verify == "lazy" else frozenset())
+    for file in manifest.files if verify != "off" else ():
+        if file.path not in bundle.unchecked:
+            bundle.verify(file)
     return bundle
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ from memopt.batching import BatchFit, largest_batch, memory_curve, run_in_batche
 from memopt.bundle import Bundle, open_bundle
 from memopt.choice import Choice, choose
 from memopt.errors import InputRefused, OutOfResource
+from memopt.manifest import Variant
 from memopt.memory import Bill, DeviceMemory, give_back, read_host_memory
 from memopt.preprocess import prepare, prepare_file
 from memopt.runtimes import RUNTIMES
@@ -54,7 +56,8 @@ def load(
         variant: the id of the variant to take; None lets memory and accuracy choose (see `memopt.choice.choose`).
         max_drop: percentage points of validation accuracy that a smaller variant may lose against the best one.
         threads: threads within one operator; 0 lets the library choose.
-        verify: "full" checks the sha256 of every file first, "off" does not.
+        verify: "full" checks the sha256 of every file first; "lazy" opens at once, checks the weights beside, and
+            withholds the first result until they hold; "off" checks none.
         trusted_keys: public keys, or files of such; when given, one of them must have signed the bundle.
         trust_engines: also uses the engines of a bundle that no trusted key signed. Engines are code that runs with
             your rights: say so for bundles that you made yourself.
@@ -85,6 +88,7 @@ class Model:
         self._baseline = read_host_memory()
         self._bundle = bundle
         self._choice = choice
+        self._checked = _in_background(bundle, choice.variant) if bundle.unchecked else None
         self._session = runtime.open(bundle.artifact(choice.variant.id), device=choice.device, threads=threads)
         self._loaded = replace(read_host_memory().above(self._baseline), peak_bytes=None)
         self._batch = self._engine_batch()  # samples at once; None: as many as are given
@@ -132,8 +136,14 @@ class Model:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def run(self, output_names: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
-        """The outputs by name, all for None: onnxruntime's own signature. Inputs larger than the batch are split."""
+        """The outputs by name, all for None: onnxruntime's own signature. Inputs larger than the batch are split.
+
+        Raises:
+            IntegrityError: the weights, which "lazy" has checked meanwhile, are not those promised.
+        """
         outputs = run_in_batches(self._session, feeds, batch=self._batch) if self._batch else self._session.run(feeds)
+        if self._checked is not None:
+            self._checked.result()
         if output_names is None:
             return outputs
         by_name = {spec.name: output for spec, output in zip(self.outputs, outputs, strict=True)}
@@ -209,3 +219,11 @@ class Model:
         best = np.argsort(-probabilities, kind="stable")[:topk]
         labels = self.labels if len(self.labels) == len(probabilities) else [str(i) for i in range(len(probabilities))]
         return [Prediction(labels[i], float(probabilities[i])) for i in best]
+
+
+def _in_background(bundle: Bundle, variant: Variant) -> Future[None]:
+    """The check of what the bundle has left unchecked, under way in a thread of its own."""
+    with_one_thread = ThreadPoolExecutor(1, thread_name_prefix="memopt-verify")
+    checked = with_one_thread.submit(bundle.check_variant, variant)
+    with_one_thread.shutdown(wait=False)
+    return checked

@@ -99,7 +99,7 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path, make: Callable, kind: type
 
 
 def test_an_unknown_way_to_verify_is_refused(tiny_bundle: Path) -> None:
-    with pytest.raises(UsageError, match="verify is 'Full'; hint: full or off"):
+    with pytest.raises(UsageError, match="verify is 'Full'; hint: full, lazy, off"):
         open_bundle(tiny_bundle, verify="Full")
 
 

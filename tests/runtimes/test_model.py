@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 
 import memopt
 from memopt.batching import MemoryCurve
-from memopt.bundle import open_bundle
+from memopt.bundle import Bundle, open_bundle
 from memopt.choice import choose
 from memopt.errors import BackendError, InputRefused, IntegrityError, OutOfResource, UsageError
+from memopt.manifest import File
 from memopt.model import Model
 from memopt.tensors import Array
 
@@ -141,6 +144,60 @@ def test_a_named_device_is_required(tiny_bundle: Path) -> None:
         memopt.load(tiny_bundle, variant="x")
     with pytest.raises(UsageError, match="'12QB' is not a size"):
         memopt.load(tiny_bundle, memory_limit="12QB")
+
+
+@pytest.fixture
+def damaged(tiny_bundle: Path, tmp_path: Path, flipped: Callable) -> Callable[[str], Path]:
+    """A function that flips the highest bit in the middle of an entry: damaged(name) -> bundle."""
+
+    def damage(name: str) -> Path:
+        data, entry = tiny_bundle.read_bytes(), bytes(open_bundle(tiny_bundle).entries[name])
+        path = tmp_path / "damaged.mopt"
+        path.write_bytes(flipped(data, data.index(entry) + len(entry) // 2, 7))
+        return path
+
+    return damage
+
+
+def test_lazily_checked_weights_give_their_result_only_when_they_hold(
+    tiny_bundle: Path, damaged: Callable[[str], Path], tiny_inputs: Array
+) -> None:
+    with memopt.load(tiny_bundle, device="cpu", variant="large", verify="lazy") as model:
+        whole = model(tiny_inputs)
+    with memopt.load(tiny_bundle, device="cpu", variant="large") as model:
+        assert np.array_equal(model(tiny_inputs), whole)
+    path = damaged("variants/large/weights.data")
+    with memopt.load(path, device="cpu", variant="large", verify="lazy") as model:
+        for _ in range(2):
+            with pytest.raises(IntegrityError, match=r"variants/large/weights\.data is damaged"):
+                model(tiny_inputs)
+    with memopt.load(path, device="cpu", variant="small", verify="lazy") as model:  # whose weights are whole
+        assert model(tiny_inputs).shape == (32, 3)
+
+
+def test_the_first_result_waits_for_the_check(
+    tiny_bundle: Path, tiny_inputs: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked, verify = threading.Event(), Bundle.verify
+
+    def slowly(bundle: Bundle, file: File) -> None:
+        if file.path == "variants/large/weights.data":
+            assert checked.wait(20)
+        verify(bundle, file)
+
+    monkeypatch.setattr(Bundle, "verify", slowly)
+    with memopt.load(tiny_bundle, device="cpu", variant="large", verify="lazy") as model, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(model, tiny_inputs)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.3)
+        checked.set()
+        assert waiting.result(timeout=20).shape == (32, 3)
+
+
+def test_lazy_leaves_nothing_but_weights_for_later(damaged: Callable[[str], Path]) -> None:
+    for name in ("variants/large/graph.onnx", "variants/small/graph.onnx", "assets/labels.txt"):
+        with pytest.raises(IntegrityError, match=f"{name} is damaged"):
+            open_bundle(damaged(name), verify="lazy")
 
 
 def test_the_bundle_may_be_replaced_while_it_is_open(tiny_bundle: Path, tmp_path: Path, tiny_inputs: Array) -> None:
