@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,7 +125,8 @@ def pack(
     """
     refuse_to_overwrite(output, force=force) if form == "mopt" else _refuse_folder(output, force=force)
     items: list[Entry] = []
-    variants = tuple(_add_variant(part, contents, items) for part in contents.parts)
+    common = _common_weights(contents)
+    variants = tuple(_add_variant(part, contents, items, common) for part in contents.parts)
     golden = _add_golden(contents, items)
     if contents.labels:
         items.append(Entry("assets/labels.txt", "".join(f"{label}\n" for label in contents.labels).encode()))
@@ -148,13 +150,23 @@ def pack(
     return manifest
 
 
-def _add_variant(part: OnnxPart | EnginePart, contents: Contents, items: list[Entry]) -> Variant:
+def _common_weights(contents: Contents) -> set[str]:
+    """The sha256 of the external weights that more than one variant has."""
+    counts = Counter(hashlib.sha256(split(part.graph, WEIGHTS)[1]).hexdigest() for part in contents.graphs)
+    return {digest for digest, count in counts.items() if count > 1}
+
+
+def _add_variant(part: OnnxPart | EnginePart, contents: Contents, items: list[Entry], common: set[str]) -> Variant:
     if isinstance(part, EnginePart):
         return _add_engine(part, contents, items)
     model, weights = split(part.graph, WEIGHTS)
+    digest = hashlib.sha256(weights).hexdigest()
     path, weights_path = f"variants/{part.id}/graph.onnx", f"variants/{part.id}/{WEIGHTS}" if weights else None
+    if weights_path is not None and digest in common:  # the graph calls its weights by the name of their file
+        weights_path = f"shared/sha256-{digest[:16]}.data"
+        model, _ = split(part.graph, Path(weights_path).name)
     items.append(Entry(path, model))
-    if weights_path is not None:
+    if weights_path is not None and all(item.name != weights_path for item in items):
         items.append(Entry(weights_path, weights, PAGE))
     memory = VariantMemory(
         file_bytes=len(model) + len(weights),

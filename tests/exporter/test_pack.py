@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
+import memopt
 from memopt.archive import PAGE
 from memopt.bundle import open_bundle
 from memopt.errors import InputRefused, IntegrityError, UsageError
@@ -37,6 +39,30 @@ def test_every_variant_says_where_it_comes_from_and_what_it_needs(tiny_bundle: P
     assert variant.memory.activation_bytes is not None
     assert variant.memory.activation_bytes > 0
     assert len(variant.memory.measured) == 2
+
+
+def test_weights_that_variants_share_are_stored_once(
+    tiny_contents: Contents, tiny_bundle: Path, tiny_inputs: Array, tmp_path: Path
+) -> None:
+    large, small = tiny_contents.graphs
+    model = large.graph.copy_model()
+    model.graph.node[-1].name = "renamed"  # another graph on the same weights
+    twin = replace(large, id="twin", graph=large.graph.with_model(model))
+    pack(replace(tiny_contents, parts=(large, small, twin)), tmp_path / "x.mopt")
+    bundle = open_bundle(tmp_path / "x.mopt")
+    paths = [bundle.manifest.variant(name).weights for name in ("large", "twin", "small")]
+    weights = split(large.graph, "weights.data")[1]
+    assert paths[0] == paths[1] == f"shared/sha256-{hashlib.sha256(weights).hexdigest()[:16]}.data"
+    assert paths[2] is None
+    assert (tmp_path / "x.mopt").stat().st_size < tiny_bundle.stat().st_size + len(weights) / 4
+    expected = run_graph(large.graph, {"input": tiny_inputs})[0]
+    for name in ("large", "twin"):
+        with memopt.load(tmp_path / "x.mopt", device="cpu", variant=name) as opened:
+            np.testing.assert_allclose(opened(tiny_inputs), expected, rtol=1e-5)
+
+
+def test_weights_of_one_variant_lie_beside_its_graph(tiny_bundle: Path) -> None:
+    assert open_bundle(tiny_bundle).manifest.variant("large").weights == "variants/large/weights.data"
 
 
 def test_an_engine_is_packed_with_the_graph_it_comes_from(tiny_contents: Contents, tmp_path: Path) -> None:
