@@ -16,7 +16,7 @@ import numpy as np
 from memopt.accuracy import agreement, max_difference
 from memopt.errors import AnswerIsNo, InputRefused, first_line
 from memopt.strict_json import to_json
-from memopt.tensors import Array, TensorSpec
+from memopt.tensors import Array, TensorSpec, show_shape
 from memopt.torch_runtime import SPECS
 from memopt_export.graph import Graph, run_graph
 from memopt_export.simplify import simplify
@@ -75,8 +75,12 @@ def export(checkpoint: Checkpoint, samples: Array) -> Exported:
         raise InputRefused("parity is proved on at least two samples", hint="--data SPEC")
     module = checkpoint.module()
     inputs = torch.from_numpy(np.ascontiguousarray(samples))
-    with torch.inference_mode():
-        expected = module(inputs)
+    try:
+        with torch.inference_mode():
+            expected = module(inputs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        shape = show_shape(inputs.shape)
+        raise InputRefused(f"{checkpoint.network} cannot run on {shape}: {first_line(error)}") from error
     if not isinstance(expected, torch.Tensor):
         raise InputRefused(f"{checkpoint.network} returns {type(expected).__name__}, one tensor is expected")
     with _quiet():

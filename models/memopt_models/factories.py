@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -9,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from memopt.errors import UsageError
+from memopt.errors import InputRefused, MemoptError, UsageError, first_line
 from memopt.files import sha256_file
 
 
 def load_factory(name: str) -> Callable[..., Any]:
     """The callable that `pkg.mod:name` stands for. Importing runs the user's code: never take the name from a file.
+
+    What the callable raises becomes InputRefused, with the user's code as the culprit.
 
     Raises:
         UsageError: no such module, no such name in it, or not a callable.
@@ -28,7 +31,7 @@ def load_factory(name: str) -> Callable[..., Any]:
         raise UsageError(f"module {module_name!r} has no {attribute!r}") from error
     if not callable(found):
         raise UsageError(f"{name!r} is a {type(found).__name__}, not a function")
-    return found  # type: ignore[no-any-return]  # callable() does not narrow Any
+    return _guarded(name, found)
 
 
 def source_digest(name: str) -> str:
@@ -49,6 +52,19 @@ def source_digest(name: str) -> str:
     except (ImportError, TypeError, ValueError) as error:
         raise _not_importable(name, error) from error
     return sha256_file(source) if source is not None and source.is_file() else ""
+
+
+def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*arguments: Any, **settings: Any) -> Any:
+        try:
+            return function(*arguments, **settings)
+        except MemoptError:
+            raise
+        except Exception as error:  # noqa: BLE001  # the user's code may raise anything
+            raise InputRefused(f"{name} raised {type(error).__name__}: {first_line(error)}") from error
+
+    return call
 
 
 def _source_of(module_name: str) -> Path | None:

@@ -29,15 +29,15 @@ class Profile:
     activation_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        shapes = [list(each.values()) for each in (self.min, self.opt, self.max)]
+        shapes = [shape for each in (self.min, self.opt, self.max) for shape in each.values()]
         alike = self.min.keys() == self.opt.keys() == self.max.keys()
-        if not self.min or not alike or not all(shape and min(shape) >= 0 for each in shapes for shape in each):
+        if not any(self.min.values()) or not alike or any(dim < 0 for shape in shapes for dim in shape):
             raise IntegrityError(f"a profile has no shapes, or unlike ones: {self.min}, {self.opt}, {self.max}")
 
     @property
     def batches(self) -> tuple[int, int]:
-        """Smallest and largest batch, read off the first input."""
-        name = next(iter(self.min))
+        """Smallest and largest batch, read off the first input that is no scalar."""
+        name = next(name for name, shape in self.min.items() if shape)
         return self.min[name][0], self.max[name][0]
 
 

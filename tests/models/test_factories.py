@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -8,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from memopt.errors import UsageError
+from memopt.errors import InputRefused, UsageError
 from memopt_models.factories import load_factory, source_digest
 
 
 def test_name_stands_for_the_function() -> None:
-    assert load_factory("json:dumps") is json.dumps
+    assert load_factory("json:dumps")([1]) == json.dumps([1])
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,14 @@ def test_what_lies_in_no_file_of_the_user_has_no_digest(name: str) -> None:
 def test_digest_of_code_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"'{name}' cannot be imported: .*; hint: pkg.mod:function"):
         source_digest(name)
+
+
+def test_what_the_users_code_raises_names_the_users_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs.py").write_text("def boom(): raise ZeroDivisionError('by hand')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputRefused, match="theirs:boom raised ZeroDivisionError: by hand"):
+        load_factory("theirs:boom")()
+
+
+def test_a_factory_keeps_its_signature() -> None:
+    assert list(inspect.signature(load_factory("shutil:copy")).parameters) == ["src", "dst", "follow_symlinks"]
