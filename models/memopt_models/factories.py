@@ -61,7 +61,7 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments, **settings)
         except MemoptError:
             raise
-        except Exception as error:  # noqa: BLE001  # the user's code may raise anything
+        except Exception as error:  # the user's code may raise anything
             raise InputRefused(f"{name} raised {type(error).__name__}: {first_line(error)}") from error
 
     return call
