@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,9 +242,8 @@ def export(
         refuse_to_overwrite(path, force=force)
     checkpoint = _checkpoint_of(source, network, data, data_root)
     spec = data or _data_of(checkpoint)
-    found = open_samples(spec, split="validation", inputs=checkpoint.inputs, root=data_root)
-    inputs = found.feeds[checkpoint.inputs[0].name][:samples]
-    exported = from_torch.export(checkpoint, inputs)
+    found = open_samples(spec, split="validation", inputs=checkpoint.inputs, root=data_root, at_most=samples)
+    exported = from_torch.export(checkpoint, found.feeds[checkpoint.inputs[0].name])
     save_graph(exported.graph, output, force=force)
     if program is not None:
         write_atomically(program, exported.program, force=force)
@@ -264,21 +264,21 @@ def quantize(
     from memopt_models.data import open_samples
 
     refuse_to_overwrite(output, force=force)
+    _refuse_own_input(output, [model])
     recipe, graph = Recipe(precision, target), load_graph(model)
     calibration = judged = None
     if data is not None:
-        train, held_out = (
-            open_samples(data, split=name, inputs=graph.inputs, root=data_root) for name in ("train", "validation")
-        )
-        calibration = train.take(min(samples, len(train)), seed=seed)
-        judged = {name: array[:_JUDGED_SAMPLES] for name, array in held_out.feeds.items()}
+        given = partial(open_samples, data, inputs=graph.inputs, root=data_root)
+        calibration = given(split="train", at_most=samples, seed=seed)
+        judged = given(split="validation", at_most=graph.fixed_batch or _JUDGED_SAMPLES).feeds
     done = quantizing.quantize(graph, recipe, calibration, exclude=tuple(exclude))
-    save_graph(done.graph, output, force=force)
     noise = same = None
     if judged is not None:
         got, expected = run_graph(done.graph, judged)[0], run_graph(graph, judged)[0]
-        noise = _finite(sqnr_db(got, expected))
-        same = agreement(got, expected) if got.ndim == 2 else None
+        if got.shape == expected.shape:  # else the shape follows the values, and nothing can be set side by side
+            noise = _finite(sqnr_db(got, expected))
+            same = agreement(got, expected) if got.ndim == 2 else None
+    save_graph(done.graph, output, force=force)
     return SavedQuantized(
         path=str(output),
         precision=done.graph.precision,
@@ -334,8 +334,7 @@ def compare_files(
     from memopt_models.data import open_samples
 
     found = subjects(paths, trust_engines=trust_engines)
-    given = open_samples(data, split="test", inputs=_inputs_of(paths), root=data_root)
-    given = given.take(min(samples, len(given)), seed=seed) if samples else given
+    given = open_samples(data, split="test", inputs=_inputs_of(paths), root=data_root, at_most=samples, seed=seed)
     todo = cells(found, batches=batches, runtimes=runtimes or None, devices=devices)
     return compare(
         todo, given.feeds, given.labels, reference=reference, source=given.source, machine=machine.describe(),
@@ -345,22 +344,25 @@ def compare_files(
 
 def pack(
     paths: Sequence[Path], output: Path, *, form: str, name: str | None, data: str | None, labels: Path | None,
-    license_id: str | None, sign: Path | None = None, passphrase: str | None = None, force: bool = False,
-    data_root: Path | None = None,
+    license_id: str | None, license_file: Path | None = None, sign: Path | None = None,
+    passphrase: str | None = None, force: bool = False, data_root: Path | None = None,
 ) -> Packed:  # fmt: skip
     """A bundle of these graphs and engines; labels, preprocessing and golden samples come from the data set."""
     from memopt_export import pack as packing
     from memopt_export.signing import load_key
+    from memopt_export.stages import tool_versions
     from memopt_models.data import open_data, open_samples
 
+    _refuse_own_input(output, paths)
     key = load_key(sign, passphrase) if sign is not None else None
     parts = _parts(paths)
     graphs = [part for part in parts if isinstance(part, packing.OnnxPart)]
     opened = open_data(data, root=data_root) if data and not data.endswith(".npz") else None
     golden = {}
     if data and graphs:
-        found = open_samples(data, split="test", inputs=graphs[0].graph.inputs, root=data_root)
-        golden = found.take(min(packing.GOLDEN_SAMPLES, len(found)), seed=0).feeds
+        first = graphs[0].graph
+        at_most = first.fixed_batch or packing.GOLDEN_SAMPLES
+        golden = open_samples(data, split="test", inputs=first.inputs, root=data_root, at_most=at_most).feeds
     contents = packing.Contents(
         name=name or output.stem,
         parts=tuple(parts),
@@ -368,6 +370,8 @@ def pack(
         preprocess=opened.preprocess if opened else (),
         golden_inputs=golden,
         license=license_id,
+        license_text=_read_text(license_file) if license_file else None,
+        tools=tool_versions(),
     )
     manifest = packing.pack(contents, output, form=form, sign=key, force=force)
     size = output.stat().st_size if output.is_file() else sum(file.size_bytes for file in manifest.files)
@@ -453,6 +457,13 @@ def _save_checkpoint(checkpoint: Checkpoint, output: Path, force: bool) -> Saved
     )  # fmt: skip
 
 
+def _refuse_own_input(output: Path, inputs: Sequence[Path]) -> None:
+    """Raises UsageError when the output would replace what it is made from."""
+    for path in inputs:
+        if output.exists() and path.exists() and output.samefile(path):
+            raise UsageError(f"{output} is what it would be made from", hint=f"-o {output.stem}-new{output.suffix}")
+
+
 def _checkpoint_of(source: str, network: str | None, data: str | None, data_root: Path | None) -> Checkpoint:
     """The checkpoint in a file, or the untrained one of a user's factory with inputs and classes of the data."""
     from memopt_models.checkpoint import load_checkpoint
@@ -471,7 +482,8 @@ def _data_of(checkpoint: Checkpoint) -> str:
     """The data set that the checkpoint was last trained on."""
     from memopt_models.data import is_known
 
-    named = next((str(s.settings["data"]) for s in reversed(checkpoint.lineage) if "data" in s.settings), None)
+    settings = [stage.settings for stage in reversed(checkpoint.lineage)]
+    named = next((str(each.get("spec", each.get("data"))) for each in settings if "data" in each), None)
     if named is None or not is_known(named):  # a file may name a data set of ours, never code to run
         raise UsageError("parity is proved on real samples, and the checkpoint names no data set", hint="--data SPEC")
     return named
@@ -493,8 +505,12 @@ def _inputs_of(paths: Sequence[Path]) -> tuple[TensorSpec, ...]:
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:
+    return tuple(_read_text(path).removesuffix("\n").split("\n"))
+
+
+def _read_text(path: Path) -> str:
     try:
-        return tuple(path.read_text().removesuffix("\n").split("\n"))
+        return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise InputRefused(f"{path} cannot be read as text: {first_line(error)}") from error
 

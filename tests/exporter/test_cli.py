@@ -254,6 +254,13 @@ def test_a_bundle_is_signed_and_checked(
     assert "not signed" in type_("verify", folder / "tiny.mopt").out
 
 
+def test_a_licence_file_is_packed(type_: Callable[..., Answer], folder: Path, tmp_path: Path) -> None:
+    words = ("pack", folder / "tiny.onnx", "--license", "MIT", "-o", tmp_path / "x.mopt")
+    assert type_(*words, "--license-file", folder / "other.txt").code == 0
+    assert json.loads(type_("inspect", tmp_path / "x.mopt", "--json").out)["facts"]["license"] == "MIT, text included"
+    assert type_(*words, "--force", "--license-file", folder / "binary").code == 3
+
+
 def test_a_wrong_passphrase_leaves_no_bundle(type_: Callable[..., Answer], folder: Path, tmp_path: Path) -> None:
     (tmp_path / "words").write_text("secret words")
     (tmp_path / "other").write_text("other words")
@@ -340,7 +347,7 @@ def test_a_checkpoint_cannot_name_code_to_run(type_: Callable[..., Answer], tmp_
     monkeypatch.chdir(tmp_path)
     assert type_("train", "--epochs", 1, "--threads", 1, "-o", "x.safetensors").code == 0
     data = (tmp_path / "x.safetensors").read_bytes()
-    named = data.replace(b'\\"data\\": \\"digits\\"', b'\\"data\\": \\"a:bcde\\"')
+    named = data.replace(b'\\"digits\\"', b'\\"a:bcde\\"')
     assert named != data
     (tmp_path / "x.safetensors").write_bytes(named)
     answer = type_("export", "x.safetensors", "-o", "x.onnx")
