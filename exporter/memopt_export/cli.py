@@ -357,6 +357,11 @@ def compare(
     "--labels", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Text file, one label a line."
 )
 @click.option("--license", "license_id", metavar="SPDX", help="Licence of the model, such as Apache-2.0.")
+@click.option(
+    "--license-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Its text; that of Apache-2.0 is at hand.",
+)
 @click.option("--sign", type=click.Path(path_type=Path), metavar="KEY", help="Sign with this private key.")
 @_passphrase_file
 @_output
@@ -365,13 +370,15 @@ def compare(
 @_json
 def pack(
     parts: Sequence[Path], form: str, name: str | None, data: str | None, labels: Path | None, license_id: str | None,
+    license_file: Path | None,
     sign: Path | None, passphrase_file: Path | None, output: Path, data_root: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Pack PARTS (.onnx, and .engine files built from them) into a bundle; the first graph is the reference."""
     from memopt_export import commands, console
 
     packed = commands.pack(
-        parts, output, form=form, name=name, data=data, labels=labels, license_id=license_id, sign=sign,
+        parts, output, form=form, name=name, data=data, labels=labels, license_id=license_id,
+        license_file=license_file, sign=sign,
         passphrase=_passphrase(passphrase_file) if sign else None, force=force, data_root=data_root,
     )  # fmt: skip
     console.show(packed, as_json=as_json)

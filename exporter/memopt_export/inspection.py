@@ -119,7 +119,8 @@ def _inspect_bundle(path: Path) -> Inspection:
         "preprocess": _steps(manifest.preprocess),
         "golden": "inputs, and every variant's outputs" if manifest.golden else "none",
         "lineage": " -> ".join(dict.fromkeys(stage.stage for stage in manifest.lineage)) or "none",
-        "license": manifest.license or "not stated",
+        "license": (manifest.license or "not stated") + (", text included" if manifest.license_file else ""),
+        "bill of materials": manifest.sbom or "none",
         "signed": f"by {', '.join(bundle.signatures)}, not checked" if bundle.signatures else "no",
         "files": f"{len(manifest.files)}, every sha256 holds",
     }

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,13 @@ from memopt.tensors import Array
 from memopt_export.external_weights import split
 from memopt_export.graph import Graph, run_graph
 from memopt_export.plan import plan
+from memopt_export.sbom import PATH as SBOM
+from memopt_export.sbom import make_sbom
 from memopt_export.signing import SigningKey
 
 WEIGHTS = "weights.data"
+LICENSE = "LICENSE"
+_KNOWN_LICENSES = ("Apache-2.0",)
 GOLDEN_SAMPLES = 8
 ENGINE_SUFFIX = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
 # By how much of the largest output another machine may differ: rounding, and for int8 a few steps of the last layers.
@@ -78,6 +83,7 @@ class Contents:
     golden_inputs: Mapping[str, Array] = field(default_factory=dict)
     lineage: tuple[Stage, ...] = ()
     license: str | None = None
+    license_text: str | None = None  # None takes that of a licence whose text memopt knows
     tools: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -130,24 +136,42 @@ def pack(
     golden = _add_golden(contents, items)
     if contents.labels:
         items.append(Entry("assets/labels.txt", "".join(f"{label}\n" for label in contents.labels).encode()))
-    first = contents.graphs[0].graph
+    text = contents.license_text or _known_license(contents.license)
+    if text is not None:
+        items.append(Entry(LICENSE, text.encode()))
+    first, producer = contents.graphs[0].graph, {"memopt": __version__, **contents.tools}
+    sbom = make_sbom(contents.name, contents.license, variants, _listed(items), producer)
+    items.append(Entry(SBOM, sbom))
     manifest = Manifest(
         name=contents.name,
         inputs=first.inputs,
         outputs=first.outputs,
         variants=variants,
-        files=tuple(File(item.name, len(item.data), hashlib.sha256(item.data).hexdigest()) for item in items),
+        files=_listed(items),
         labels="assets/labels.txt" if contents.labels else None,
         preprocess=contents.preprocess,
         golden=golden,
         lineage=contents.lineage,
-        producer={"memopt": __version__, **contents.tools},
+        producer=producer,
         license=contents.license,
+        license_file=LICENSE if text is not None else None,
+        sbom=SBOM,
     )
     encoded = encode(manifest)
     signatures = [Entry(entry_of(sign.key_id), sign.sign(encoded))] if sign is not None else []
     FORMS[form]([Entry(MIMETYPE, MIMETYPE_BYTES), Entry(MANIFEST, encoded), *signatures, *items], output, force)
     return manifest
+
+
+def _listed(items: Sequence[Entry]) -> tuple[File, ...]:
+    return tuple(File(item.name, len(item.data), hashlib.sha256(item.data).hexdigest()) for item in items)
+
+
+def _known_license(license_id: str | None) -> str | None:
+    """The text of the licence, where memopt carries it."""
+    if license_id not in _KNOWN_LICENSES:
+        return None
+    return resources.files("memopt_export").joinpath("licenses", f"{license_id}.txt").read_text()
 
 
 def _common_weights(contents: Contents) -> set[str]:

@@ -15,7 +15,7 @@ from memopt.strict_json import from_json, refuse_duplicates, to_json
 from memopt.tensors import TensorSpec
 
 FORMAT = "memopt.bundle"
-SCHEMA = "1.0"
+SCHEMA = "1.1"  # 1.1 added license_file and sbom
 MAX_MANIFEST_BYTES = 4 * 2**20
 
 
@@ -144,6 +144,8 @@ class Manifest:
     lineage: tuple[Stage, ...] = ()
     producer: dict[str, str] = field(default_factory=dict)  # tool -> version
     license: str | None = None  # SPDX
+    license_file: str | None = None  # path in the bundle
+    sbom: str | None = None  # path in the bundle, CycloneDX
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:
@@ -185,7 +187,7 @@ class Manifest:
             raise IntegrityError("the golden outputs are not those of the variants")
 
     def _references(self) -> list[str]:
-        named = [self.labels]
+        named = [self.labels, self.license_file, self.sbom]
         if self.golden is not None:
             named += self.golden.inputs.values()
             named += [path for outputs in self.golden.outputs.values() for path in outputs.values()]

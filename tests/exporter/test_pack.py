@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +61,43 @@ def test_weights_that_variants_share_are_stored_once(
     for name in ("large", "twin"):
         with memopt.load(tmp_path / "x.mopt", device="cpu", variant=name) as opened:
             np.testing.assert_allclose(opened(tiny_inputs), expected, rtol=1e-5)
+
+
+def test_the_licence_travels_as_text(tiny_contents: Contents, tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    assert bundle.manifest.license_file == "LICENSE"
+    assert b"Apache License" in bytes(bundle.entries["LICENSE"])
+    pack(replace(tiny_contents, license="MIT", license_text="You may.\n"), tmp_path / "own.mopt")
+    assert bytes(open_bundle(tmp_path / "own.mopt").entries["LICENSE"]) == b"You may.\n"
+    pack(replace(tiny_contents, license="MIT"), tmp_path / "none.mopt")
+    assert open_bundle(tmp_path / "none.mopt").manifest.license_file is None
+
+
+def test_the_bill_of_materials_names_model_files_and_tools(tiny_contents: Contents, tmp_path: Path) -> None:
+    tools = {"torch": "2.15.0+cpu", "onnx": "1.23.2"}
+    pack(replace(tiny_contents, tools=tools), tmp_path / "x.mopt")
+    bundle = open_bundle(tmp_path / "x.mopt")
+    bill = json.loads(bytes(bundle.entries[bundle.manifest.sbom]))
+    assert (bill["bomFormat"], bill["specVersion"], bill["version"]) == ("CycloneDX", "1.6", 1)
+    assert re.fullmatch(r"urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", bill["serialNumber"])
+    assert "timestamp" not in bill["metadata"]
+    model = bill["metadata"]["component"]
+    assert (model["name"], model["licenses"]) == ("tiny", [{"license": {"id": "Apache-2.0"}}])
+    listed = {tool["name"]: tool["purl"] for tool in bill["metadata"]["tools"]["components"]}
+    assert listed["torch"] == "pkg:pypi/torch@2.15.0%2Bcpu"
+    assert listed.keys() == {"memopt", "torch", "onnx"}
+    hashes = {f["name"]: f["hashes"][0]["content"] for each in bill["components"] for f in each["components"]}
+    promised = {file.path: file.sha256 for file in bundle.manifest.files if file.path.startswith("variants/")}
+    assert hashes == promised
+    references = [c["bom-ref"] for each in bill["components"] for c in (each, *each["components"])]
+    assert len(references) == len(set(references))
+    assert set(bill["dependencies"][0]["dependsOn"]) <= set(references)
+
+
+def test_a_licence_expression_is_no_id(tiny_contents: Contents, tmp_path: Path) -> None:
+    pack(replace(tiny_contents, license="MIT OR Apache-2.0"), tmp_path / "x.mopt")
+    bill = json.loads(bytes(open_bundle(tmp_path / "x.mopt").entries["sbom.cdx.json"]))
+    assert bill["metadata"]["component"]["licenses"] == [{"expression": "MIT OR Apache-2.0"}]
 
 
 def test_weights_of_one_variant_lie_beside_its_graph(tiny_bundle: Path) -> None:
