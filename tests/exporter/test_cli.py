@@ -355,6 +355,35 @@ def test_a_checkpoint_cannot_name_code_to_run(type_: Callable[..., Answer], tmp_
     assert "names no data set; hint: --data SPEC" in answer.err
 
 
+@pytest.fixture
+def fixed(folder: Path, tiny_graph: Graph, tmp_path: Path) -> Path:
+    """The tiny graph with a batch of four, as exporters without dynamic shapes write it."""
+    model = tiny_graph.copy_model()
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    save_graph(tiny_graph.with_model(model), tmp_path / "fixed.onnx")
+    return tmp_path / "fixed.onnx"
+
+
+def test_a_graph_of_a_fixed_batch_is_quantized_and_packed(
+    type_: Callable[..., Answer], folder: Path, fixed: Path
+) -> None:
+    data = ("--data", folder / "data.npz")
+    answer = type_("quantize", fixed, *data, "-o", fixed.with_name("int8.onnx"))
+    assert answer.code == 0, answer.err
+    assert "4 validation samples" in answer.out
+    assert type_("pack", fixed, *data, "-o", fixed.with_suffix(".mopt")).code == 0
+
+
+def test_an_output_never_replaces_what_it_is_made_from(type_: Callable[..., Answer], folder: Path, fixed: Path) -> None:
+    before = fixed.read_bytes()
+    for words in (("quantize", fixed, "--precision", "fp16"), ("pack", fixed)):
+        answer = type_(*words, "-o", fixed, "--force")
+        assert answer.code == 2
+        assert "is what it would be made from; hint: -o fixed-new.onnx" in answer.err
+    assert fixed.read_bytes() == before
+
+
 def test_doctor_says_what_works_and_why_another_does_not(type_: Callable[..., Answer]) -> None:
     found = json.loads(type_("doctor", "--json").out)
     assert found["runtimes"]["onnxruntime"].get("cpu") is None
