@@ -1,34 +1,36 @@
 """One artifact in one fresh process: its memory bill, its latency, its outputs.
 
-`measure` starts `python -m memopt.probe`, which imports the runtime, takes the baseline, opens the artifact, runs it,
-and only after all memory is read computes the outputs for the samples: nothing but the artifact's cost is in the bill.
+`measure` starts a fresh Python, which imports the runtime, takes the baseline, opens the artifact, runs it, and only
+after all memory is read computes the outputs for the samples: nothing but the artifact's cost is in the bill.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from memopt import errors
 from memopt.artifact import Artifact, open_artifact
-from memopt.batching import run_in_batches
 from memopt.bundle import open_bundle
 from memopt.errors import BackendError, InputRefused, MemoptError, OutOfResource
-from memopt.memory import Bill, DeviceMemory, give_back, read_host_memory, reset_peak
+from memopt.memory import Bill, DeviceMemory, HostMemory, give_back, read_host_memory, reset_peak
 from memopt.runtimes import RUNTIMES
 from memopt.session import Session
 from memopt.strict_json import from_json, to_json
 from memopt.tensors import Array
 
 WARMUP_RUNS = 3
+# `python -m` and `python -c` put the current folder first on sys.path, where a user's statistics.py would be imported.
+_CHILD = "import sys; sys.path = [p for p in sys.path if p]; from memopt.probe import main; sys.exit(main())"
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,13 @@ def measure(request: Request, *, timeout_s: float = 300.0) -> Measurement:
         BackendError: the child crashed.
         OutOfResource: it took too long, or the kernel killed it.
     """
-    command = [sys.executable, "-m", "memopt.probe"]
     try:
         child = subprocess.run(
-            command, input=to_json(request).encode(), capture_output=True, timeout=timeout_s, check=False
+            [sys.executable, "-c", _CHILD],
+            input=to_json(request).encode(),
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise OutOfResource(f"{request.runtime} took longer than {timeout_s:g} s") from error
@@ -92,7 +97,12 @@ def open_any(path: Path, variant: str | None) -> Artifact:
 
 
 def main() -> int:
-    """Reads a Request from stdin, writes a Measurement, or a failure with its exit code, to stdout."""
+    """Reads a Request from stdin, writes a Measurement, or a failure with its exit code, to stdout.
+
+    Nothing else is written there: what libraries print goes to stderr.
+    """
+    stdout = os.dup(1)
+    os.dup2(2, 1)
     try:
         answer: object = _measure_here(from_json(Request, sys.stdin.buffer.read(), where="request"))
         code = 0
@@ -102,7 +112,8 @@ def main() -> int:
     except MemoryError:
         answer = _Failure("OutOfResource", "the process ran out of memory")
         code = OutOfResource.exit_code
-    sys.stdout.write(to_json(answer))
+    with os.fdopen(stdout, "w") as file:
+        file.write(to_json(answer))
     return code
 
 
@@ -114,22 +125,28 @@ def _measure_here(request: Request) -> Measurement:
     runtime.load_library()
     device_before = _device_used(request.device)
     give_back()
-    reset_peak()
+    peak_is_new = reset_peak()
     baseline = read_host_memory()
     started = time.perf_counter()
     session = runtime.open(artifact, device=request.device, threads=request.threads)
     load_ms = (time.perf_counter() - started) * 1e3
-    phases = {"import": baseline, "load": read_host_memory().above(baseline)}
+    phases = {"import": baseline, "load": _above(baseline, peak_is_new=peak_is_new)}
     session.run(feeds)
-    phases["first run"] = read_host_memory().above(baseline)
+    phases["first run"] = _above(baseline, peak_is_new=peak_is_new)
     times = _time(session, feeds, request)
-    phases["steady"] = read_host_memory().above(baseline)
+    phases["steady"] = _above(baseline, peak_is_new=peak_is_new)
     bill = Bill(phases, _device_memory(request.device, device_before))
     if request.outputs is not None:
         _write_outputs(session, samples, request)
     session.close()
     p95 = statistics.quantiles(times, n=20, method="inclusive")[-1]
     return Measurement(bill, session.placement, load_ms, statistics.median(times), p95, len(times))
+
+
+def _above(baseline: HostMemory, *, peak_is_new: bool) -> HostMemory:
+    """What has come since the baseline; the peak is unknown where it may be that of the import before it."""
+    memory = read_host_memory().above(baseline)
+    return memory if peak_is_new else replace(memory, peak_bytes=None)
 
 
 def _first(samples: Array, batch: int) -> Array:
@@ -165,7 +182,7 @@ def _run_padded(session: Session, feeds: Mapping[str, Array], batch: int) -> Arr
     """The first output; a short last batch is filled up, because an engine's profile may not take it."""
     have = len(next(iter(feeds.values())))
     full = {name: _first(array, batch) for name, array in feeds.items()}
-    return run_in_batches(session, full, batch=batch)[0][:have]
+    return session.run(full)[0][:have]
 
 
 def _device_used(device: str) -> int | None:
@@ -198,7 +215,3 @@ def _failure(request: Request, child: subprocess.CompletedProcess[bytes]) -> Mem
         name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, MemoptError)
     }
     return kinds.get(failure.kind, BackendError)(failure.problem, hint=failure.hint)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
