@@ -29,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sklearn.datasets import load_digits
 
     path = tmp_path_factory.mktemp("readme")
+    (path / "words.txt").write_text("secret words")
     Image.fromarray((load_digits().images[7] * 255 / 16).astype(np.uint8)).save(path / "seven.png")
     return path
 
@@ -44,13 +45,15 @@ def typed(folder: Path) -> dict[str, str]:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
                 main(words[1:])
             assert not ended.value.code, f"{line}\n{err.getvalue()}"
-            printed[words[1]] = out.getvalue()
+            printed[line] = out.getvalue()
     return printed
 
 
 def test_every_command_of_the_readme_runs(typed: dict[str, str], folder: Path) -> None:
-    assert "golden outputs hold" in typed["verify"]
-    assert typed["run"].startswith("seven.png")
+    said = {" ".join(shlex.split(line)[1:3]): text for line, text in typed.items()}
+    assert "golden outputs hold" in said["verify digits.mopt"]
+    assert "signature holds" in said["verify signed.mopt"]
+    assert said["run digits.mopt"].startswith("seven.png")
     assert (folder / "digits.mopt").is_file()
 
 
