@@ -208,7 +208,7 @@ def _measure_cell(cell: Cell, files: dict[str, str], outputs: Path) -> tuple[Row
             cell.subject.variant,
             outputs=str(outputs),
         )
-        return _filled(row, measure(request)), np.load(outputs)
+        return _filled(row, measure(request)), np.load(outputs) if outputs.exists() else None
     except MemoptError as error:
         return replace(row, reason=error.problem), None
 

@@ -170,19 +170,19 @@ def _time(session: Session, feeds: Mapping[str, Array], request: Request) -> lis
 
 
 def _write_outputs(session: Session, samples: Mapping[str, Array], request: Request) -> None:
+    """The first output for all samples, as .npy; nothing where it has no row for each sample, as a detector's."""
     pieces = []
     total = len(next(iter(samples.values())))
     for start in range(0, total, request.batch):
-        feeds = {name: np.ascontiguousarray(array[start : start + request.batch]) for name, array in samples.items()}
-        pieces.append(_run_padded(session, feeds, request.batch))
-    np.save(str(request.outputs), np.concatenate(pieces))
-
-
-def _run_padded(session: Session, feeds: Mapping[str, Array], batch: int) -> Array:
-    """The first output; a short last batch is filled up, because an engine's profile may not take it."""
-    have = len(next(iter(feeds.values())))
-    full = {name: _first(array, batch) for name, array in feeds.items()}
-    return session.run(full)[0][:have]
+        have = min(request.batch, total - start)
+        # A short last batch is filled up, because an engine's profile may not take it.
+        full = {name: _first(array[start : start + request.batch], request.batch) for name, array in samples.items()}
+        output = session.run(full)[0]
+        if output.ndim == 0 or len(output) != request.batch:
+            return
+        pieces.append(output[:have])
+    if len({piece.shape[1:] for piece in pieces}) == 1:
+        np.save(str(request.outputs), np.concatenate(pieces))
 
 
 def _device_used(device: str) -> int | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from memopt.accuracy import agreement, sqnr_db, topk
 from memopt.compare import cells, compare, subjects
@@ -13,6 +14,7 @@ from memopt.probe import Request, measure
 from memopt.report import Report, columns_of, read_report
 from memopt.runtimes import RUNTIMES
 from memopt.tensors import Array
+from memopt_export.graph import Graph, save_graph
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,20 @@ def test_a_reference_that_cannot_be_measured_is_replaced_by_nobody(
     found = compare(todo, {"input": tiny_inputs}, labels, reference="broken.onnx")
     assert [row.agreement for row in found.rows] == [None, None, None]
     assert found.rows[1].top1 is not None
+
+
+def test_a_model_without_a_row_for_each_sample_is_measured_all_the_same(
+    tiny_graph: Graph, tmp_path: Path, tiny_inputs: Array
+) -> None:
+    model = tiny_graph.copy_model()
+    model.graph.node.append(helper.make_node("ReduceMax", ["logits"], ["most"], name="most", keepdims=0))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("most", TensorProto.FLOAT, []))
+    save_graph(tiny_graph.with_model(model), tmp_path / "scalar.onnx")
+    todo = cells(subjects([tmp_path / "scalar.onnx"]), batches=(2,), runtimes=("onnxruntime",), devices=("cpu",))
+    (row,) = compare(todo, {"input": tiny_inputs}, np.zeros(len(tiny_inputs), np.int64)).rows
+    assert row.reason is None
+    assert row.private_bytes is not None
+    assert row.top1 is None
 
 
 def test_files_of_one_name_are_told_apart_by_their_paths(tiny_bundle: Path, tmp_path: Path) -> None:
