@@ -2,7 +2,8 @@
 
 `libcuda.so.1` comes with every NVIDIA driver, while no wheel brings the `libcudart` that TensorRT links statically.
 Opening the driver and asking for name, SM and version makes no context. The first allocation retains the device's
-primary context, the one that TensorRT and torch use as well, and it lives as long as the process.
+primary context, the one that TensorRT and torch use as well, and it lives as long as the process. It is current in a
+thread only while a call lasts: an application's own context is put back.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -38,7 +41,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuDeviceGetName": (c_char_p, c_int, c_int),
     "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
-    "cuCtxSetCurrent": (c_void_p,),
+    "cuCtxPushCurrent_v2": (c_void_p,),
+    "cuCtxPopCurrent_v2": (POINTER(c_void_p),),
     "cuMemGetInfo_v2": (POINTER(c_size_t), POINTER(c_size_t)),
     "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
     "cuMemFree_v2": (c_uint64,),
@@ -99,6 +103,15 @@ def open_driver(library: str = LIBRARY) -> Driver:
     return Driver(library)
 
 
+def driver_missing(library: str = LIBRARY) -> str | None:
+    """Why this process has no NVIDIA driver with a device; None when it has one."""
+    try:
+        open_driver(library)
+    except BackendError as error:
+        return str(error)
+    return None
+
+
 class Driver:
     """The NVIDIA driver and its first device. Threads may share it.
 
@@ -115,6 +128,20 @@ class Driver:
         self.name = self._read_name()
         self.sm = f"sm{self._attribute(_MAJOR)}{self._attribute(_MINOR)}"
         self.version = self._read_version()
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Makes the primary context current in this thread, for libraries that use whichever is.
+
+        Blocks may be nested. What was current before is again after the block, also when it raises.
+        """
+        self._call("cuCtxPushCurrent_v2", self._primary_context())
+        try:
+            yield
+        except BaseException:
+            self._library.cuCtxPopCurrent_v2(byref(c_void_p()))  # what is raised tells more than its code
+            raise
+        self._call("cuCtxPopCurrent_v2", byref(c_void_p()))
 
     def mem_info(self) -> MemoryInfo:
         """Free and total memory of the device."""
@@ -203,9 +230,8 @@ class Driver:
         return held
 
     def _call_in_context(self, function: str, *arguments: Any) -> None:
-        """Calls with the primary context current in this thread, whichever thread it is."""
-        self._call("cuCtxSetCurrent", self._primary_context())
-        self._call(function, *arguments)
+        with self.current():
+            self._call(function, *arguments)
 
     def _primary_context(self) -> int:
         with self._lock:

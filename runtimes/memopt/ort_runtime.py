@@ -64,9 +64,11 @@ def unavailable(device: str) -> str | None:
         return str(error)
     import onnxruntime
 
+    from memopt.cuda_driver import driver_missing
+
     if PROVIDERS[device] not in onnxruntime.get_available_providers():
         return f"this onnxruntime was built without {PROVIDERS[device]}; hint: pip install 'memopt[gpu]'"
-    return _no_driver() if device == "cuda" else None
+    return driver_missing() if device == "cuda" else None
 
 
 def refuses(artifact: Artifact) -> str | None:
@@ -153,16 +155,6 @@ def _spec(value: Any) -> TensorSpec:
     dtype = _DTYPES.get(value.type, value.type.removeprefix("tensor(").removesuffix(")"))
     shape = tuple(dim if isinstance(dim, int) else (dim or "batch") for dim in value.shape)
     return TensorSpec(value.name, dtype, shape)
-
-
-def _no_driver() -> str | None:
-    from memopt.cuda_driver import open_driver
-
-    try:
-        open_driver()
-    except BackendError as error:
-        return str(error)
-    return None
 
 
 @cache

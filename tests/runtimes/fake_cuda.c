@@ -1,7 +1,8 @@
 /* A stand-in for libcuda.so.1: malloc is the device memory, up to a limit, and every allocation is counted.
 
-   It is as strict as the real one where that finds bugs: a call without a current context in its thread fails, freeing
-   what is not allocated fails, and copies happen when the stream is synchronized (or fake_flush runs), not before. */
+   It is as strict as the real one where that finds bugs: a call fails unless the primary context is current in its
+   thread, freeing what is not allocated fails, and copies happen when the stream is synchronized (or fake_flush runs),
+   not before. */
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -10,6 +11,7 @@
 
 #define API __attribute__((visibility("default")))
 #define MOST 1024
+#define DEPTH 8
 enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_CONTEXT = 201, ILLEGAL_ADDRESS = 700 };
 
 typedef struct { void *address; size_t size; int kind; } Block;
@@ -22,7 +24,8 @@ static Copy copies[MOST];
 static int copy_count, init_result, sync_result, device_count = 1, major = 8, minor = 6, contexts;
 static int allocations[KINDS];
 static size_t total = 1 << 30, used;
-static __thread void *current;
+static __thread void *stack[DEPTH]; /* of this thread's contexts */
+static __thread int depth;
 
 /* What the tests set and read. */
 API void fake_set_total(size_t bytes) { total = bytes; }
@@ -33,6 +36,8 @@ API void fake_set_sync_result(int code) { sync_result = code; }
 API int fake_contexts(void) { return contexts; }
 API int fake_allocations(int kind) { return allocations[kind]; } /* ever made */
 API size_t fake_used(void) { return used; }
+API int fake_depth(void) { return depth; } /* contexts that this thread has pushed */
+API int fake_ready(void) { return depth > 0 && stack[depth - 1] == &contexts; } /* the primary context is current */
 
 API int fake_live(int kind) {
   int n = 0;
@@ -66,7 +71,7 @@ API void fake_flush(void *stream) {
 
 static int take(int kind, size_t size, void **address) {
   int result = OUT_OF_MEMORY;
-  if (!current) return INVALID_CONTEXT;
+  if (!fake_ready()) return INVALID_CONTEXT;
   if (size == 0) return INVALID_VALUE;
   pthread_mutex_lock(&lock);
   if (size <= (kind == DEVICE ? total - used : total)) {
@@ -87,7 +92,7 @@ static int take(int kind, size_t size, void **address) {
 
 static int give_back(int kind, void *address) {
   int result = INVALID_VALUE;
-  if (!current) return INVALID_CONTEXT;
+  if (!fake_ready()) return INVALID_CONTEXT;
   pthread_mutex_lock(&lock);
   for (int i = 0; i < MOST && result; i++) {
     if (!address || blocks[i].address != address || blocks[i].kind != kind) continue;
@@ -101,7 +106,7 @@ static int give_back(int kind, void *address) {
 }
 
 static int queue(void *target, const void *source, size_t size, void *stream) {
-  if (!current) return INVALID_CONTEXT;
+  if (!fake_ready()) return INVALID_CONTEXT;
   pthread_mutex_lock(&lock);
   int full = copy_count == MOST;
   if (!full) copies[copy_count++] = (Copy){target, source, size, stream};
@@ -124,9 +129,18 @@ API int cuDevicePrimaryCtxRetain(void **context, int device) {
   *context = &contexts, contexts++;
   return device;
 }
-API int cuCtxSetCurrent(void *context) { current = context; return SUCCESS; }
+API int cuCtxPushCurrent_v2(void *context) {
+  if (!context || depth == DEPTH) return INVALID_VALUE;
+  stack[depth++] = context;
+  return SUCCESS;
+}
+API int cuCtxPopCurrent_v2(void **context) {
+  if (depth == 0) return INVALID_CONTEXT;
+  *context = stack[--depth];
+  return SUCCESS;
+}
 API int cuMemGetInfo_v2(size_t *free_bytes, size_t *total_bytes) {
-  if (!current) return INVALID_CONTEXT;
+  if (!fake_ready()) return INVALID_CONTEXT;
   *free_bytes = total - used, *total_bytes = total;
   return SUCCESS;
 }
@@ -137,7 +151,7 @@ API int cuMemFreeHost(void *address) { return give_back(HOST, address); }
 API int cuStreamCreate(void **stream, unsigned flags) { return flags == 1 ? take(STREAM, 1, stream) : INVALID_VALUE; }
 API int cuStreamDestroy_v2(void *stream) { return give_back(STREAM, stream); }
 API int cuStreamSynchronize(void *stream) {
-  if (!current) return INVALID_CONTEXT;
+  if (!fake_ready()) return INVALID_CONTEXT;
   fake_flush(stream);
   return sync_result;
 }

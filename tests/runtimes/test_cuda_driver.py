@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memopt.cuda_driver import LIBRARY, Driver, MemoryInfo, open_driver
+from memopt.cuda_driver import LIBRARY, Driver, MemoryInfo, driver_missing, open_driver
 from memopt.errors import BackendError, OutOfResource
 
 DEVICE, HOST, STREAM = range(3)
@@ -71,6 +71,48 @@ def test_primary_context_is_retained_once_for_all_threads(fake, driver):
     assert live(fake) == [0, 0, 0]
 
 
+def use_everything(driver):
+    """Every call that needs a context."""
+    host, device, stream = driver.host_buffer(4), driver.device_buffer(4), driver.stream()
+    driver.copy_to_device(device, host, size_bytes=4, stream=stream)
+    driver.copy_to_host(host, device, size_bytes=4, stream=stream)
+    driver.synchronize(stream)
+    driver.mem_info()
+    for held in (host, device, stream):
+        driver.free(held)
+
+
+def test_the_context_of_an_application_stays_current(fake, driver):
+    use_everything(driver)
+    assert fake.fake_depth() == 0
+    theirs, current = ctypes.c_int(), ctypes.c_void_p()
+    fake.cuCtxPushCurrent_v2(ctypes.byref(theirs))
+    use_everything(driver)
+    assert fake.cuCtxPopCurrent_v2(ctypes.byref(current)) == 0
+    assert current.value == ctypes.addressof(theirs)
+    assert fake.fake_depth() == 0
+
+
+def test_the_context_of_an_application_stays_current_when_a_call_fails(fake, driver):
+    stream = driver.stream()
+    fake.fake_set_total(0)
+    fake.fake_set_sync_result(ILLEGAL_ADDRESS)
+    for call in (lambda: driver.device_buffer(8), lambda: driver.host_buffer(8), lambda: driver.synchronize(stream)):
+        with pytest.raises((OutOfResource, BackendError)):
+            call()
+        assert fake.fake_depth() == 0
+
+
+def test_our_context_is_current_inside_a_block_and_no_longer(fake, driver):
+    with driver.current(), driver.current():
+        use_everything(driver)
+        assert fake.fake_ready()
+    assert fake.fake_depth() == 0
+    with pytest.raises(KeyError), driver.current():
+        raise KeyError
+    assert fake.fake_depth() == 0
+
+
 def test_memory_info_follows_allocations(fake, driver):
     fake.fake_set_total(1000)
     assert driver.mem_info() == MemoryInfo(free_bytes=1000, total_bytes=1000)
@@ -84,6 +126,14 @@ def test_no_driver_is_one_line():
     with pytest.raises(BackendError, match=r"^no NVIDIA driver on this machine \(.*nowhere.so") as refused:
         open_driver("/nowhere.so")
     assert "\n" not in str(refused.value)
+
+
+def test_a_missing_driver_has_its_reason_and_a_present_one_none(library, fake):
+    assert driver_missing("/nowhere.so").startswith("no NVIDIA driver on this machine (/nowhere.so")
+    fake.fake_set_device_count(0)
+    assert driver_missing(library) == "the NVIDIA driver sees no GPU"
+    fake.fake_set_device_count(1)
+    assert driver_missing(library) is None
 
 
 def test_no_device_is_told_from_no_driver(library, fake):
