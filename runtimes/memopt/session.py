@@ -65,7 +65,7 @@ class Runtime(Protocol):
         """Why nothing can run here on `device`; None when it can."""
 
     def refuses(self, artifact: Artifact) -> str | None:
-        """Why this runtime cannot open this artifact on any machine; None when it can."""
+        """Why this artifact cannot be opened here; None when it can."""
 
     def open(self, artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> Session:
         """A session.

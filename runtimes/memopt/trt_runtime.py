@@ -24,7 +24,7 @@ import numpy as np
 
 from memopt.artifact import Artifact, release_pages
 from memopt.cuda_driver import LIBRARY, DeviceBuffer, Driver, HostBuffer, Stream, open_driver
-from memopt.errors import BackendError, InputRefused, OutOfResource
+from memopt.errors import BackendError, InputRefused, OutOfResource, first_line
 from memopt.manifest import EngineInfo, Profile
 from memopt.sizes import show_size
 from memopt.tensors import Array, TensorSpec, check_feeds
@@ -84,7 +84,10 @@ class TrtRuntime:
         return None
 
     def refuses(self, artifact: Artifact) -> str | None:
-        """Why this runtime cannot open the artifact here, from its EngineInfo alone; None when it can."""
+        """Why this artifact cannot be opened here; None when it can.
+
+        Its EngineInfo is compared with the library, the platform and the GPU; the library is not asked.
+        """
         info = artifact.engine
         if artifact.kind != "engine" or info is None:
             return f"{TITLES[self.NAME]} opens .engine with its EngineInfo, not .{artifact.kind}"
@@ -107,7 +110,8 @@ class TrtRuntime:
         trt = import_library(self.NAME)
         release = ".".join(str(trt.__version__).split(".")[:3])
         placement = f"{TITLES[self.NAME]} {release} on {driver.name} ({driver.sm})"
-        return TrtSession(_Engine(trt, artifact), driver, placement=placement)
+        with driver.current():
+            return TrtSession(_Engine(trt, artifact), driver, placement=placement)
 
     def _other_flavor(self, info: EngineInfo) -> str | None:
         return f"was built by {info.flavor}, this is {self.NAME}" if info.flavor != self.NAME else None
@@ -195,7 +199,7 @@ class TrtSession:
             InputRefused: also when the batch lies outside every profile of the engine.
             OutOfResource: the device has no memory for a profile of this size.
         """
-        with self._lock:
+        with self._lock, self._driver.current():
             engine = self._engine
             if engine is None:
                 raise BackendError(f"{self._name} is closed")
@@ -214,9 +218,12 @@ class TrtSession:
         """Frees the engine and all buffers; a later run raises BackendError. Closing twice is harmless."""
         with self._lock:
             engine, self._engine = self._engine, None
-            if engine is not None:
-                engine.close()  # before the memory it uses
-            self._held.close()
+            try:
+                if engine is not None:
+                    with self._driver.current():
+                        engine.close()  # before the memory it uses
+            finally:
+                self._held.close()
 
     def _prepare(self, engine: _Engine, shapes: Shapes) -> None:
         """Sets profile, shapes and addresses, and makes room for them."""
@@ -228,7 +235,7 @@ class TrtSession:
         if index == self._profile:
             return
         self._profile = None  # should memory run out below, the next run starts from here again
-        memory = self._activations.at_least(_activation_bytes(engine.profiles[index]))
+        memory = self._activations.at_least(engine.activation_bytes[index])
         engine.set_profile(index, memory, self._stream)
         self._profile = index
 
@@ -248,6 +255,7 @@ class _Engine:
         release_pages(artifact.data)
         self.inputs = self._specs(trt, trt.TensorIOMode.INPUT)
         self.outputs = self._specs(trt, trt.TensorIOMode.OUTPUT)
+        self.activation_bytes = self._read_activation_bytes()
         self.profiles = self._read_profiles()
         self.weights_bytes = self._read_weights_bytes(trt, artifact)
         self._context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
@@ -282,7 +290,7 @@ class _Engine:
         try:
             self._context.infer_shapes()
         except RuntimeError as error:
-            raise BackendError(f"{self.name} has no output shapes for {shapes}: {error}") from error
+            raise BackendError(f"{self.name} has no output shapes for {shapes}: {first_line(error)}") from error
         outputs = {spec.name: tuple(self._context.get_tensor_shape(spec.name)) for spec in self.outputs}
         for name, shape in outputs.items():
             if min(shape, default=0) < 0:
@@ -321,20 +329,28 @@ class _Engine:
         dims = tuple(dim if dim >= 0 else "batch" if i == 0 else f"{name}_{i}" for i, dim in shape)
         return TensorSpec(name, _DTYPES[dtype.name], dims)
 
+    def _read_activation_bytes(self) -> dict[int, int]:
+        """Of each profile, by index, the smallest first; from the library, which always knows."""
+        sizes = {
+            index: int(self._engine.get_device_memory_size_for_profile_v2(index))
+            for index in range(self._engine.num_optimization_profiles)
+        }
+        return dict(sorted(sizes.items(), key=lambda entry: entry[1]))
+
     def _read_profiles(self) -> dict[int, Profile]:
         """By index, the one with the smallest activation memory first."""
-        profiles = {index: self._profile(index) for index in range(self._engine.num_optimization_profiles)}
-        return dict(sorted(profiles.items(), key=lambda entry: _activation_bytes(entry[1])))
+        return {index: self._profile(index) for index in self.activation_bytes}
 
     def _profile(self, index: int) -> Profile:
         shapes = {spec.name: self._engine.get_tensor_profile_shape(spec.name, index) for spec in self.inputs}
         low, best, high = ({name: tuple(three[i]) for name, three in shapes.items()} for i in range(3))
-        return Profile(low, best, high, self._engine.get_device_memory_size_for_profile_v2(index))
+        return Profile(low, best, high, self.activation_bytes[index])
 
     def _read_weights_bytes(self, trt: Any, artifact: Artifact) -> int | None:
         """From the engine where the library can tell (not before TensorRT 10.16), else from the manifest."""
         if hasattr(self._engine, "get_engine_stat"):
-            return int(self._engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE))
+            size_bytes = int(self._engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE))
+            return size_bytes if size_bytes >= 0 else None  # -1: it cannot
         return artifact.engine.weights_bytes if artifact.engine else None
 
 
@@ -425,7 +441,7 @@ def import_library(flavor: str) -> Any:
     except (ImportError, OSError) as error:  # OSError: libnvinfer.so.N
         if isinstance(error, ModuleNotFoundError) and error.name == _module(flavor):
             raise BackendError(not_installed(flavor)) from error
-        raise BackendError(f"{_module(flavor)} cannot be imported: {error}") from error
+        raise BackendError(f"{_module(flavor)} cannot be imported: {first_line(error)}") from error
 
 
 def not_installed(flavor: str) -> str:
@@ -465,21 +481,25 @@ def _module(flavor: str) -> str:
 
 
 def _refuse_without_memory(artifact: Artifact, driver: Driver) -> None:
-    """Raises OutOfResource unless weights and the smallest profile fit; what is not known counts as nothing."""
+    """Raises OutOfResource when what is known of weights and smallest profile does not fit already."""
     assert artifact.engine is not None  # `refuses` saw to it
-    weights = artifact.engine.weights_bytes or 0
-    activations = min(map(_activation_bytes, artifact.engine.profiles), default=0)
+    sizes = (artifact.engine.weights_bytes, _smallest_activation_bytes(artifact.engine))
+    known_bytes = sum(size for size in sizes if size is not None)
     free_bytes, total_bytes = driver.mem_info()
-    if weights + activations > free_bytes:
+    if known_bytes > free_bytes:
+        weights, activations = map(show_size, sizes)
         raise OutOfResource(
-            f"{artifact.name} needs {show_size(weights + activations)} of device memory (weights {show_size(weights)}, "
-            f"activations of its smallest profile {show_size(activations)}), {show_size(free_bytes)} of "
-            f"{show_size(total_bytes)} are free on {driver.name}"
+            f"{artifact.name} needs {'at least ' if None in sizes else ''}{show_size(known_bytes)} of device memory "
+            f"(weights {weights}, activations of its smallest profile {activations}), "
+            f"{show_size(free_bytes)} of {show_size(total_bytes)} are free on {driver.name}"
         )
 
 
-def _activation_bytes(profile: Profile) -> int:
-    return profile.activation_bytes or 0
+def _smallest_activation_bytes(info: EngineInfo) -> int | None:
+    """Of all profiles; None when one of them is not known, which may be the smallest."""
+    sizes = [profile.activation_bytes for profile in info.profiles]
+    known = [size for size in sizes if size is not None]
+    return min(known) if known and len(known) == len(sizes) else None
 
 
 def _covers(profile: Profile, shapes: Shapes) -> bool:

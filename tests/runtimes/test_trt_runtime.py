@@ -158,6 +158,14 @@ def test_broken_library_says_what_is_missing(runtime, flavor, monkeypatch):
     assert runtime.unavailable("cuda") == reason
 
 
+def test_library_that_fails_without_a_word_is_told_by_kind(runtime, flavor, monkeypatch):
+    def broken(_name):
+        raise ImportError
+
+    monkeypatch.setattr("memopt.trt_runtime.import_module", broken)
+    assert runtime.unavailable("cuda") == f"{flavor.replace('-', '_')} cannot be imported: ImportError"
+
+
 def test_missing_driver_is_found_before_the_library_is_touched(flavor, trt, artifact):
     trt.Runtime = None  # the real one crashes without a driver
     runtime = TrtRuntime(flavor, cuda_library="/nowhere.so")
@@ -239,6 +247,52 @@ def test_too_little_memory_is_found_before_the_library_is_asked(cuda, trt, runti
     )
 
 
+def without(info, *, weights=False, activations=False):
+    """As if the engine's numbers had never been known."""
+    profiles = tuple(replace(p, activation_bytes=None) for p in info.profiles) if activations else info.profiles
+    return replace(info, profiles=profiles, weights_bytes=None if weights else info.weights_bytes)
+
+
+@pytest.mark.parametrize(
+    ("unknown", "said"),
+    [
+        (
+            {"weights": True},
+            "at least 2.00 KiB of device memory (weights unknown, activations of its smallest profile 2.00 KiB)",
+        ),
+        (
+            {"activations": True},
+            "at least 4.88 KiB of device memory (weights 4.88 KiB, activations of its smallest profile unknown)",
+        ),
+    ],
+)
+def test_what_is_not_known_of_an_engine_is_called_unknown(cuda, runtime, info, unknown, said):
+    cuda.fake_set_total(1024)
+    with pytest.raises(OutOfResource) as refused:
+        runtime.open(artifact_of(without(info, **unknown)))
+    assert str(refused.value) == f"m.engine needs {said}, 1.00 KiB of 1.00 KiB are free on Fake GPU"
+
+
+def test_one_profile_of_unknown_size_leaves_the_smallest_unknown(cuda, runtime, info):
+    cuda.fake_set_total(1024)
+    profiles = (info.profiles[0], replace(info.profiles[1], activation_bytes=None))
+    with pytest.raises(OutOfResource, match="activations of its smallest profile unknown"):
+        runtime.open(artifact_of(replace(info, profiles=profiles)))
+
+
+def test_an_engine_of_which_nothing_is_known_opens(runtime, info):
+    session = runtime.open(artifact_of(without(info, weights=True, activations=True)))
+    assert_runs(session, batch_of(2))
+    session.close()
+
+
+def test_weights_that_the_library_cannot_count_are_unknown(runtime, info, monkeypatch, trt):
+    monkeypatch.setattr(trt.ICudaEngine, "get_engine_stat", lambda *_: -1)
+    session = runtime.open(artifact_of(without(info, weights=True)))
+    assert session.device_bytes is None
+    session.close()
+
+
 def test_engine_the_library_refuses_is_told_in_its_words(runtime, info, cuda):
     broken = replace(artifact_of(info), data=memoryview(b"not an engine"))
     with pytest.raises(BackendError, match=r"^m.engine cannot be opened: Serialization assertion failed$"):
@@ -290,7 +344,8 @@ def test_arrays_of_any_layout_are_taken(session):
     x = batch_of(8)
     assert_runs(session, np.asfortranarray(x))
     assert_runs(session, np.repeat(x, 2, axis=0)[::2])
-    assert_runs(session, x.astype(">f4"))
+    with pytest.raises(InputRefused, match="byte order"):
+        session.run({"x": x.astype(">f4")})
 
 
 def test_smallest_profile_is_taken_at_open_and_grown_only_for_larger_batches(trt, session):
@@ -319,6 +374,19 @@ def test_device_bytes_are_what_the_driver_counts(cuda, session):
         assert session.device_bytes == WEIGHTS + activations + size * ROW_BYTES == cuda.fake_used()
     session.close()
     assert session.device_bytes == 0
+
+
+def test_the_context_of_an_application_stays_current(cuda, runtime, artifact):
+    theirs, current = ctypes.c_int(), ctypes.c_void_p()
+    cuda.cuCtxPushCurrent_v2(ctypes.byref(theirs))
+    session = runtime.open(artifact)
+    assert_runs(session, batch_of(2))
+    with pytest.raises(InputRefused):
+        session.run({"x": batch_of(33)})
+    session.close()
+    assert cuda.cuCtxPopCurrent_v2(ctypes.byref(current)) == 0
+    assert current.value == ctypes.addressof(theirs)
+    assert cuda.fake_depth() == 0
 
 
 def test_weights_are_taken_from_the_manifest_where_the_library_cannot_tell(trt, runtime, info, monkeypatch):
@@ -561,6 +629,7 @@ def fake_library(name, cuda):
                 logger.log(ILogger.Severity.ERROR, trt.start_error)
 
         def deserialize_cuda_engine(self, data):
+            assert cuda.fake_ready()
             self.logger.log(ILogger.Severity.INFO, f"Loaded engine size: {len(data)}")
             try:
                 return ICudaEngine(json.loads(bytes(data)))
@@ -605,6 +674,7 @@ def fake_library(name, cuda):
             return self.plan["weights"]
 
         def create_execution_context(self, strategy):
+            assert cuda.fake_ready()
             assert strategy is trt.ExecutionContextAllocationStrategy.USER_MANAGED
             return None if trt.denied == "create_execution_context" else IExecutionContext(self)
 
@@ -618,6 +688,7 @@ def fake_library(name, cuda):
             self.profile, self.memory, self.shapes, self.addresses = 0, (0, 0), {}, {}
 
         def set_optimization_profile_async(self, index, stream):
+            assert cuda.fake_ready()
             trt.profiles_used.append(index)
             self.profile, self.shapes = index, {}
             return trt.denied != "set_optimization_profile_async"
@@ -645,6 +716,7 @@ def fake_library(name, cuda):
             return trt.denied != "set_tensor_address"
 
         def execute_async_v3(self, stream):
+            assert cuda.fake_ready()
             if trt.run_error:
                 library_log(trt).log(ILogger.Severity.ERROR, trt.run_error)
                 return False
@@ -665,7 +737,7 @@ def fake_library(name, cuda):
             return np.ctypeslib.as_array((ctypes.c_float * count).from_address(self.addresses[name])).reshape(shape)
 
         def __del__(self):
-            trt.gone.append("context")
+            trt.gone.append("context" if cuda.fake_ready() else "context without its GPU")
 
     for kind in (ILogger, Runtime, ICudaEngine, IExecutionContext):
         setattr(trt, kind.__name__, kind)
