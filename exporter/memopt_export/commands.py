@@ -129,7 +129,7 @@ class Predicted:
 
     variant: str
     why: tuple[str, ...]
-    pictures: dict[str, tuple[tuple[str, float], ...]]
+    pictures: tuple[tuple[str, tuple[tuple[str, float], ...]], ...]  # (file, ((label, probability), ...))
 
 
 @dataclass(frozen=True)
@@ -401,10 +401,10 @@ def run(
         trust_engines=trust_engines,
     ) as model:  # fmt: skip
         found = model.predict(pictures, topk=topk)
-        answers = {
-            str(picture): tuple((p.label, p.probability) for p in best)
+        answers = tuple(
+            (str(picture), tuple((p.label, p.probability) for p in best))
             for picture, best in zip(pictures, found, strict=True)
-        }
+        )
         return Predicted(model.variant, model.why, answers)
 
 

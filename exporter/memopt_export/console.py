@@ -307,7 +307,7 @@ def _draw_key(console: Console, saved: SavedKey) -> None:
 
 
 def _draw_predicted(console: Console, predicted: Predicted) -> None:
-    for picture, classes in predicted.pictures.items():
+    for picture, classes in predicted.pictures:
         said = "  ".join(f"{label} {100 * probability:.1f}%" for label, probability in classes)
         _say(console, f"{picture}  {said}")
     _say(_console(sys.stderr), predicted.why[-1])

@@ -195,7 +195,7 @@ def _add_variant(part: OnnxPart | EnginePart, contents: Contents, items: list[En
     memory = VariantMemory(
         file_bytes=len(model) + len(weights),
         weights_bytes=sum(part.graph.weights_bytes().values()),
-        activation_bytes=plan(part.graph, batch=1).activation_bytes,
+        activation_bytes=_planned(part.graph),
         measured=part.measured,
     )
     return Variant(
@@ -209,6 +209,14 @@ def _add_variant(part: OnnxPart | EnginePart, contents: Contents, items: list[En
         memory=memory,
         metrics=part.metrics,
     )
+
+
+def _planned(graph: Graph) -> int | None:
+    """Activations at batch 1; None for a graph that cannot be planned: subgraphs, shapes that follow values."""
+    try:
+        return plan(graph, batch=1).activation_bytes
+    except InputRefused:
+        return None
 
 
 def _add_engine(part: EnginePart, contents: Contents, items: list[Entry]) -> Variant:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from memopt.errors import IntegrityError
+from memopt.errors import IntegrityError, UsageError
 from memopt.strict_json import from_json, refuse_duplicates, to_json
 from memopt.tensors import TensorSpec
 
@@ -173,11 +173,11 @@ class Manifest:
                 )
 
     def variant(self, variant_id: str) -> Variant:
-        """The variant with this id; IntegrityError names the ids there are."""
+        """The variant with this id; UsageError names the ids there are."""
         for variant in self.variants:
             if variant.id == variant_id:
                 return variant
-        raise IntegrityError(f"no variant {variant_id!r}", hint="one of " + ", ".join(v.id for v in self.variants))
+        raise UsageError(f"no variant {variant_id!r}", hint="one of " + ", ".join(v.id for v in self.variants))
 
     def _check_golden(self, golden: Golden, ids: set[str]) -> None:
         """Golden samples speak of every variant and every tensor, and of nothing else."""

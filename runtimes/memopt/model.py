@@ -14,7 +14,7 @@ from memopt.accuracy import softmax
 from memopt.batching import BatchFit, largest_batch, memory_curve, run_in_batches
 from memopt.bundle import Bundle, open_bundle
 from memopt.choice import Choice, choose
-from memopt.errors import InputRefused, OutOfResource
+from memopt.errors import InputRefused, OutOfResource, UsageError
 from memopt.manifest import Variant
 from memopt.memory import Bill, DeviceMemory, give_back, read_host_memory
 from memopt.preprocess import prepare, prepare_file
@@ -23,6 +23,7 @@ from memopt.signature import PublicKey
 from memopt.sizes import parse_size
 from memopt.tensors import Array, TensorSpec
 
+MOST_THREADS = 1024
 _PICTURES_AT_ONCE = 32  # prepared and run together by `predict`
 
 
@@ -55,7 +56,7 @@ def load(
             CPU, device memory on a GPU.
         variant: the id of the variant to take; None lets memory and accuracy choose (see `memopt.choice.choose`).
         max_drop: percentage points of validation accuracy that a smaller variant may lose against the best one.
-        threads: threads within one operator; 0 lets the library choose.
+        threads: threads within one operator, up to MOST_THREADS; 0 lets the library choose.
         verify: "full" checks the sha256 of every file first; "lazy" opens at once, checks the weights beside, and
             withholds the first result until they hold; "off" checks none.
         trusted_keys: public keys, or files of such; when given, one of them must have signed the bundle.
@@ -67,6 +68,10 @@ def load(
         BackendError: nothing in the bundle runs on the device.
         OutOfResource: no variant fits into the limit.
     """
+    if not isinstance(threads, int) or not 0 <= threads <= MOST_THREADS:
+        raise UsageError(f"threads is {threads}", hint=f"0 to {MOST_THREADS}")
+    if not max_drop >= 0:  # nor is NaN
+        raise UsageError(f"max_drop is {max_drop}", hint="percentage points, 0 or more")
     limit = parse_size(memory_limit) if memory_limit is not None else None
     bundle = open_bundle(path, verify=verify, trusted_keys=trusted_keys)
     choice = choose(
@@ -152,15 +157,17 @@ class Model:
             raise InputRefused(f"output {unknown[0]!r} does not exist", hint=", ".join(by_name))
         return [by_name[name] for name in output_names]
 
-    def predict(self, pictures: Sequence[Path | str | Array], *, topk: int = 5) -> list[list[Prediction]]:
+    def predict(self, pictures: Sequence[Path | str | Array] | Path | str, *, topk: int = 5) -> list[list[Prediction]]:
         """The most probable classes of each picture, best first.
 
         Args:
-            pictures: files, or uint8 arrays (height, width) or (height, width, channels).
+            pictures: files, one file, or uint8 arrays (height, width) or (height, width, channels).
             topk: how many classes of each.
         """
-        if not pictures:
-            return []
+        if topk < 1:
+            raise UsageError(f"topk is {topk}, at least 1 is needed")
+        if isinstance(pictures, (str, Path)):
+            pictures = [pictures]
         found, at_once = [], min(self._batch or _PICTURES_AT_ONCE, _PICTURES_AT_ONCE)
         for start in range(0, len(pictures), at_once):
             prepared = np.concatenate([self._prepare(picture) for picture in pictures[start : start + at_once]])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memopt.errors import IntegrityError, MemoptError
+from memopt.errors import IntegrityError, MemoptError, UsageError
 from memopt.manifest import (
     EngineInfo,
     File,
@@ -97,7 +97,7 @@ def test_variants_and_files_are_unique_and_sources_exist() -> None:
         replace(FULL, variants=(PLAIN, replace(BUILT, source="z")))
     with pytest.raises(IntegrityError, match="golden outputs are not those of the variants"):
         replace(FULL, golden=Golden({}, {}, {}))
-    with pytest.raises(IntegrityError, match="no variant 'z'; hint: one of a, b"):
+    with pytest.raises(UsageError, match="no variant 'z'; hint: one of a, b"):
         FULL.variant("z")
 
 

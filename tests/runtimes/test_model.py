@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ def test_a_named_device_is_required(tiny_bundle: Path) -> None:
         memopt.load(tiny_bundle, device="tensorrt")
     with pytest.raises(UsageError, match="device 'npu' is not known"):
         memopt.load(tiny_bundle, device="npu")
-    with pytest.raises(IntegrityError, match="no variant 'x'; hint: one of large, small"):
+    with pytest.raises(UsageError, match="no variant 'x'; hint: one of large, small"):
         memopt.load(tiny_bundle, variant="x")
     with pytest.raises(UsageError, match="'12QB' is not a size"):
         memopt.load(tiny_bundle, memory_limit="12QB")
@@ -198,6 +199,20 @@ def test_lazy_leaves_nothing_but_weights_for_later(damaged: Callable[[str], Path
     for name in ("variants/large/graph.onnx", "variants/small/graph.onnx", "assets/labels.txt"):
         with pytest.raises(IntegrityError, match=f"{name} is damaged"):
             open_bundle(damaged(name), verify="lazy")
+
+
+@pytest.mark.parametrize(
+    "options", [{"threads": -1}, {"threads": 10_000}, {"threads": 1.5}, {"max_drop": -1.0}, {"max_drop": float("nan")}]
+)
+def test_options_that_mean_nothing_are_refused(tiny_bundle: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(options))} is "):
+        memopt.load(tiny_bundle, device="cpu", **options)
+
+
+def test_a_single_picture_and_no_class_at_all(model: Model, picture: Path) -> None:
+    assert model.predict(picture, topk=1) == model.predict([picture], topk=1)
+    with pytest.raises(UsageError, match="topk is 0"):
+        model.predict([picture], topk=0)
 
 
 def test_the_bundle_may_be_replaced_while_it_is_open(tiny_bundle: Path, tmp_path: Path, tiny_inputs: Array) -> None:
