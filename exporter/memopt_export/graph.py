@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memopt.errors import InputRefused, IntegrityError, first_line
+from memopt.errors import InputRefused, IntegrityError, OutOfResource, first_line
 from memopt.files import write_atomically
 from memopt.ort_runtime import library_errors
 from memopt.strict_json import from_json
@@ -20,10 +22,12 @@ from memopt.tensors import DTYPE_BITS, Array, TensorSpec, nbytes
 
 if TYPE_CHECKING:
     import onnx
+    import onnxruntime
 
 # The one metadata entry that a graph of ours carries; everything else is stripped.
 METADATA_KEY = "memopt"
 FREE_DIMENSION = "batch"
+RUN_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,12 @@ class Graph:
         """The same lineage with another model."""
         return replace(self, model=model, precision=precision or self.precision)
 
+    @property
+    def fixed_batch(self) -> int | None:
+        """How many samples one run takes, where the graph fixes it; None where the batch is free."""
+        first = self.inputs[0].shape[:1] if self.inputs else ()
+        return first[0] if first and isinstance(first[0], int) else None
+
     def weights_bytes(self) -> dict[str, int]:
         """Bytes of initializers by dtype, subgraphs left out."""
         from onnx import helper
@@ -85,33 +95,36 @@ class Graph:
         return sizes
 
 
-def load_graph(path: Path) -> Graph:
+def load_graph(path: Path, *, checked: bool = False) -> Graph:
     """The graph in an .onnx file, external data included. A foreign one gets the digest of its initializers.
 
+    Args:
+        path: an .onnx file.
+        checked: whether its bytes are known to be our own, by their digest; else they pass the pre-flight.
+
     Raises:
-        InputRefused: missing, not ONNX, or refused by the ONNX checker.
+        InputRefused: missing, not ONNX, or refused by the pre-flight.
+        OutOfResource: its first session ran out of time or memory.
+        BackendError: its first session crashed.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
+    from memopt_export import preflight
 
-    if not path.is_file():
-        raise InputRefused(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
-    try:
-        onnx.checker.check_model(str(path))
-        model = onnx.load(path)
-    except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
-        raise InputRefused(f"{path} is not a valid ONNX model: {first_line(error)}") from error
-    if not model.graph.output:
-        raise InputRefused(f"{path} is not a valid ONNX model: it has no outputs")
+    model = preflight.parse(path) if checked else preflight.check(path)
+    preflight.load_external(model, path.parent)
     card = _read_card(model)
-    return Graph(model, card.weights or _digest_of_initializers(model), card.precision or _guess_precision(model))
+    graph = Graph(model, card.weights or _digest_of_initializers(model), card.precision or _guess_precision(model))
+    _ = graph.inputs, graph.outputs  # refused here, when they are none that we know
+    return graph
 
 
-def run_graph(graph: Graph, feeds: Mapping[str, Array], *, optimized: bool = True) -> list[Array]:
+def run_graph(
+    graph: Graph, feeds: Mapping[str, Array], *, optimized: bool = True, timeout_s: float = RUN_TIMEOUT_S
+) -> list[Array]:
     """The graph's outputs in ONNX Runtime on this CPU; not optimized, every node runs as it stands.
 
     Raises:
         InputRefused: ONNX Runtime cannot run the graph on these inputs.
+        OutOfResource: it was not done after `timeout_s`; a loop may never end.
     """
     import onnxruntime
 
@@ -121,9 +134,30 @@ def run_graph(graph: Graph, feeds: Mapping[str, Array], *, optimized: bool = Tru
     options.log_severity_level = 3  # errors are raised, warnings are not the user's
     try:
         session = onnxruntime.InferenceSession(graph.data, options, providers=["CPUExecutionProvider"])
-        return [np.asarray(output) for output in session.run(None, dict(feeds))]
+        with _time_limit(onnxruntime.RunOptions(), timeout_s) as run_options:
+            return [np.asarray(output) for output in session.run(None, dict(feeds), run_options)]
     except library_errors() as error:
         raise InputRefused(f"onnxruntime cannot run the graph: {first_line(error)}") from error
+
+
+@contextmanager
+def _time_limit(options: onnxruntime.RunOptions, timeout_s: float) -> Iterator[onnxruntime.RunOptions]:
+    """Run options that end the run, between two nodes, when its time is up."""
+
+    def end() -> None:
+        options.terminate = True
+
+    timer = threading.Timer(timeout_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield options
+    except library_errors() as error:
+        if options.terminate:
+            raise OutOfResource(f"the graph was not done after {timeout_s:g} seconds") from error
+        raise
+    finally:
+        timer.cancel()
 
 
 def save_graph(graph: Graph, path: Path, *, force: bool = False) -> None:

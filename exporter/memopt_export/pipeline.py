@@ -449,7 +449,7 @@ def _lineage(
 
 
 def _graph(outcome: Outcome) -> Graph:
-    return load_graph(outcome.folder / MODEL)
+    return load_graph(outcome.folder / MODEL, checked=True)  # the stage's record has its sha256
 
 
 def _load(outcome: Outcome, network: str) -> Checkpoint:
