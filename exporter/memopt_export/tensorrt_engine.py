@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from memopt.cuda_driver import open_driver
+from memopt.cuda_driver import driver_missing, open_driver
 from memopt.errors import BackendError, InputRefused, MemoptError, OutOfResource, UsageError
 from memopt.files import refuse_to_overwrite, sha256_file, write_atomically
 from memopt.manifest import EngineInfo, Profile
@@ -196,7 +196,7 @@ def flavors_available() -> dict[str, str | None]:
     """Why no engine of a flavor can be built on this machine; None where it can."""
     reasons = {runtime.NAME: None if runtime.version() else not_installed(runtime.NAME)
                for runtime in (TENSORRT, TENSORRT_RTX)}  # fmt: skip
-    return {**reasons, "tensorrt": reasons["tensorrt"] or _no_driver()}
+    return {**reasons, "tensorrt": reasons["tensorrt"] or driver_missing()}
 
 
 @dataclass(frozen=True)
@@ -456,14 +456,6 @@ def _with_activations(profiles: Sequence[Profile], sizes: Sequence[int]) -> tupl
     if len(sizes) != len(profiles):
         return tuple(profiles)
     return tuple(replace(profile, activation_bytes=size) for profile, size in zip(profiles, sizes, strict=True))
-
-
-def _no_driver() -> str | None:
-    try:
-        open_driver()
-    except BackendError as error:
-        return str(error)
-    return None
 
 
 if __name__ == "__main__":

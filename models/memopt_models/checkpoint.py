@@ -81,7 +81,7 @@ class Checkpoint:
         with torch.random.fork_rng(devices=[]):  # the fresh weights thrown away here cost the caller no randomness
             try:
                 module = networks.build(self.network, self.settings)
-            except (UsageError, RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+            except (InputRefused, UsageError, RuntimeError, TypeError, ValueError, ArithmeticError) as error:
                 raise InputRefused(f"the checkpoint's network cannot be built: {error}") from error
         _reshape_layers(module, self.state)
         _refuse_misfit(module.state_dict(), self.state, network=self.network)

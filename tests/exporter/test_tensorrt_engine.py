@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memopt import cuda_driver
 from memopt.artifact import open_artifact
 from memopt.errors import BackendError, InputRefused, OutOfResource, UsageError
 from memopt.manifest import EngineInfo
@@ -210,6 +211,7 @@ def with_gpu(monkeypatch, sm):
         return gpu
 
     monkeypatch.setattr(tensorrt_engine, "open_driver", driver)
+    monkeypatch.setattr(cuda_driver, "open_driver", lambda *_: driver())
 
 
 # ---- Which flavors there are.

@@ -194,9 +194,9 @@ def test_weights_of_another_network_are_refused_by_name(dense: Checkpoint, stude
         ("simple_cnn", {"channels": 5}, "channels is 5, two numbers are needed"),
         ("simple_cnn", {"hidden": 10**30}, ""),
         ("ds_cnn", {"width": "wide"}, "width is 'wide'"),
-        ("mynets:every_layer", {"width": "wide"}, ""),
-        ("mynets:every_layer", {"width": 7, "groups": 3}, "in_channels must be divisible by groups"),
-        ("mynets:divided", {"by": 0}, "integer division or modulo by zero"),
+        ("mynets:every_layer", {"width": "wide"}, "mynets:every_layer raised TypeError: not all"),
+        ("mynets:every_layer", {"width": 7, "groups": 3}, "mynets:every_layer raised ValueError: in_channels"),
+        ("mynets:divided", {"by": 0}, "mynets:divided raised ZeroDivisionError: integer"),
     ],
 )
 def test_settings_that_build_nothing_are_refused(
