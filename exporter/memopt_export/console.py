@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -179,6 +179,15 @@ def _say(console: Console, text: str, *, style: str | None = None) -> None:
     console.print(printable(text), markup=False, highlight=False, soft_wrap=not console.is_terminal, style=style)
 
 
+def _say_reasons(console: Console, what: str, reasons: Sequence[tuple[str, str]]) -> None:
+    """One line for each reason, with the names that share it."""
+    names: dict[str, dict[str, None]] = {}
+    for name, reason in reasons:
+        names.setdefault(reason, {})[name] = None
+    for reason, sharing in names.items():
+        _say(console, f"{what} {reason} ({', '.join(sharing)})")
+
+
 def _escape(text: str) -> str:
     from rich.markup import escape
 
@@ -264,12 +273,8 @@ def _draw_report(console: Console, report: Report) -> None:
     _table(console, columns, [[COLUMNS[heading](row) for heading in headings] for row in report.rows])
     if left_out:
         _say(console, f"left out at this width: {', '.join(left_out)} (--json has all)")
-    reasons: dict[str, list[str]] = {}
-    for row in report.rows:
-        if row.reason is not None:
-            reasons.setdefault(f"{row.runtime} {row.device}: {row.reason}", []).append(row.name)
-    for reason, names in reasons.items():
-        _say(console, f"not measured on {reason} ({', '.join(dict.fromkeys(names))})")
+    missing = [(row.name, f"{row.runtime} {row.device}: {row.reason}") for row in report.rows if row.reason is not None]
+    _say_reasons(console, "not measured on", missing)
     _say(
         console,
         f"{report.samples} samples of {report.source}; agreement with {report.reference}; "
@@ -328,7 +333,7 @@ def _draw_verification(console: Console, verification: Verification) -> None:
     _say(console, f"{verification.path}: structure holds, {verification.files} sha256 hold ({size})")
     _say(console, _signed(verification))
     rows = []
-    for replay in verification.replays:
+    for replay in (replay for replay in verification.replays if not replay.excused):
         difference = "–" if replay.max_difference is None else f"{replay.max_difference:.2g}"
         allowed = "–" if replay.atol is None else f"{replay.atol:.2g}"
         verdict = replay.reason or ("golden outputs hold" if replay.holds else "outputs differ")
@@ -336,6 +341,8 @@ def _draw_verification(console: Console, verification: Verification) -> None:
     if rows:
         columns = {"Variant": "left", "Runtime": "left", "Difference": "right", "Allowed": "right", "Verdict": "left"}
         _table(console, columns, rows)
+    excused = [(each.variant, f"{each.runtime}: {each.reason}") for each in verification.replays if each.excused]
+    _say_reasons(console, "not run on", excused)
 
 
 def _signed(verification: Verification) -> str:
