@@ -3,9 +3,7 @@
 import ctypes
 import ctypes.util
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,20 +17,10 @@ DEVICE, HOST, STREAM = range(3)
 OUT_OF_MEMORY, NO_DEVICE, ILLEGAL_ADDRESS = 2, 100, 700
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed, so the fake libcuda cannot be compiled")
-    library = tmp_path_factory.mktemp("fake_cuda") / "libcuda.so.1"
-    source = Path(__file__).with_name("fake_cuda.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-pthread", source, "-o", library], check=True)
-    return library
-
-
 @pytest.fixture
-def library(compiled, tmp_path):
+def library(fake_libcuda, tmp_path):
     """A copy of its own, so that every test starts with a fresh fake."""
-    return str(shutil.copy(compiled, tmp_path))
+    return str(shutil.copy(fake_libcuda, tmp_path))
 
 
 @pytest.fixture
@@ -228,8 +216,8 @@ def test_empty_buffers_exist(fake, driver):
 
 @settings(deadline=None, max_examples=20)
 @given(data=st.binary(min_size=1, max_size=2000))
-def test_copies_bring_back_what_was_sent(compiled, data):
-    driver = open_driver(str(compiled))
+def test_copies_bring_back_what_was_sent(fake_libcuda, data):
+    driver = open_driver(str(fake_libcuda))
     there, back = driver.host_buffer(len(data)), driver.host_buffer(len(data))
     device, stream = driver.device_buffer(len(data)), driver.stream()
     there.array[:] = np.frombuffer(data, np.uint8)

@@ -7,12 +7,10 @@ careless: activation memory that is missing, freed or too small for the profile 
 import ctypes
 import json
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from enum import Enum
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -34,20 +32,10 @@ ENGINE = {"profiles": [[2, 8, 32], [1, 1, 1]], "activations": [LARGE, SMALL], "w
 ROW_BYTES = (4 + 4 + 1) * 4  # x, y and sum, one sample
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed, so the fake libcuda cannot be compiled")
-    library = tmp_path_factory.mktemp("fake_cuda") / "libcuda.so.1"
-    source = Path(__file__).with_name("fake_cuda.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-pthread", source, "-o", library], check=True)
-    return library
-
-
 @pytest.fixture
-def cuda(compiled, tmp_path):
+def cuda(fake_libcuda, tmp_path):
     """A fake libcuda of this test's own."""
-    loaded = ctypes.CDLL(str(shutil.copy(compiled, tmp_path)))
+    loaded = ctypes.CDLL(str(shutil.copy(fake_libcuda, tmp_path)))
     loaded.fake_set_total.argtypes = (ctypes.c_size_t,)
     loaded.fake_size.argtypes, loaded.fake_size.restype = (ctypes.c_uint64,), ctypes.c_size_t
     loaded.fake_used.restype = ctypes.c_size_t
