@@ -370,14 +370,23 @@ def _draw_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
 
 def _draw_result(console: Console, result: Result) -> None:
     _draw_report(console, result.report)
-    for what, why in result.refused.items():
-        _say(console, f"no engine {what}: {why}")
+    for (what, why), names in _refusals(result.refused).items():
+        _say(console, f"{what}: {why} ({', '.join(names)})")
     again = " (nothing had to be done again)" if result.made == 0 else ""
     _say(console, f"{result.made} stages made, {result.cached} cached{again}")
     size = show_size(result.bundle.stat().st_size)
     _say(console, f"bundle {result.bundle} ({size}, sha256 {result.bundle_sha256[:16]}…)")
     _say(console, f"report {result.report_path}")
     _next(console, f"memopt-export run {result.bundle} PICTURE.png")
+
+
+def _refusals(refused: Mapping[str, str]) -> dict[tuple[str, str], list[str]]:
+    """The engines that share a reason; "dense-fp32-rtx sm75" is refused for a target, "dense-fp32-trt" as a whole."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for what, why in refused.items():
+        name, _, target = what.partition(" ")
+        grouped.setdefault((f"no engine for {target}" if target else "no engine", why), []).append(name)
+    return grouped
 
 
 def _next(console: Console, command: str) -> None:

@@ -96,13 +96,16 @@ class Job:
     prune: PruneSettings | None = None
     distill: DistillJob | None = None
     quantize: QuantizeJob = QuantizeJob()
-    engine: EngineJob | None = None
+    engine: tuple[EngineJob, ...] = ()
     compare: CompareJob = CompareJob()
     license: str | None = None
 
     def __post_init__(self) -> None:
         if not is_safe_name(self.name) or "/" in self.name:
             raise UsageError(f"the job's name is {self.name!r}", hint="letters, digits, . _ and -, as it names files")
+        flavors = [each.how.flavor for each in self.engine]
+        if len(set(flavors)) < len(flavors):
+            raise UsageError(f"engines are asked for in {flavors}", hint="one [[engine]] for each flavor")
         for network in (self.train.network, *((self.distill.network,) if self.distill else ())):
             find_factory(network)
 

@@ -35,6 +35,7 @@ from memopt_models.data import DataSet, Samples, open_data, open_samples
 from memopt_models.factories import source_digest
 
 if TYPE_CHECKING:
+    from memopt_export.tensorrt_engine import EngineSettings
     from memopt_models.checkpoint import Checkpoint
     from memopt_models.train import Progress
 
@@ -228,15 +229,13 @@ def quantize_networks(work: Work, exported: Mapping[str, Outcome]) -> Iterator[B
 
 def build_engines(work: Work, graphs: list[Built]) -> tuple[list[Built], dict[str, str]]:
     """An engine for each graph of the asked precisions, and why one could not be built."""
-    asked = work.job.engine
     engines: list[Built] = []
     refused: dict[str, str] = {}
-    for graph in graphs if asked is not None else []:
-        if asked is None or graph.precision not in asked.precisions:
-            continue
+    wanted = [(each, graph) for each in work.job.engine for graph in graphs if graph.precision in each.precisions]
+    for asked, graph in wanted:
         name = engine_id(graph.id, asked.how.flavor)
         try:
-            outcome = _build_engine(work, name, graph)
+            outcome = _build_engine(work, name, graph, asked.how)
         except MemoptError as error:  # no driver, no memory, no such operator: said, not cached, and the line goes on
             refused[name] = error.problem
             continue
@@ -357,10 +356,8 @@ def _quantize(work: Work, network: str, exported: Outcome, recipe: Recipe) -> Ou
     return work.stages.run(f"quantize {network}-{recipe.name}", made_from, make)
 
 
-def _build_engine(work: Work, name: str, graph: Built) -> Outcome:
+def _build_engine(work: Work, name: str, graph: Built, how: EngineSettings) -> Outcome:
     """Builds for the targets that can take the graph; what was refused, and why, goes into the note."""
-    assert work.job.engine is not None
-    how = work.job.engine.how
 
     def make(folder: Path) -> None:
         from memopt_export.tensorrt_engine import build, save_engine, split_targets

@@ -136,7 +136,7 @@ def test_a_second_process_waits_for_the_first_and_says_so(tmp_path: Path) -> Non
 def test_every_shipped_recipe_is_a_job(name: str) -> None:
     job = read_job(name)
     assert job.name == name
-    assert job.engine is not None
+    assert [each.how.flavor for each in job.engine] == ["tensorrt-rtx", "tensorrt"]
     assert job.prune is not None
     assert job.distill is not None
 
@@ -159,9 +159,9 @@ def test_every_shipped_recipe_is_a_job(name: str) -> None:
         ("[quantize]\nsamples = 0", UsageError, "samples is 0"),
         ("[compare]\nbatches = [0]", UsageError, r"compare.batches is \[0\]"),
         ("[compare]\nruntimes = ['tvm']", UsageError, "runtime 'tvm' is not known"),
-        ("[engine]\nprecisions = ['fp7']\nhow = { flavor = 'tensorrt', targets = ['local'] }", UsageError, "'fp7'"),
+        ("[[engine]]\nprecisions = ['fp7']\nhow = { flavor = 'tensorrt', targets = ['local'] }", UsageError, "'fp7'"),
         (
-            "[engine]\nhow = { flavor = 'tensorrt', targets = ['local'], batches = [[1, 8]] }",
+            "[[engine]]\nhow = { flavor = 'tensorrt', targets = ['local'], batches = [[1, 8]] }",
             UsageError,
             "3 values, got 2",
         ),
@@ -170,7 +170,7 @@ def test_every_shipped_recipe_is_a_job(name: str) -> None:
             UsageError,
             "name is '../x'",
         ),
-        ("[engine]\nhow = { flavor = 'tensorrt-rtx', targets = ['sm99'] }", UsageError, "sm99"),
+        ("[[engine]]\nhow = { flavor = 'tensorrt-rtx', targets = ['sm99'] }", UsageError, "sm99"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_the_place(tmp_path: Path, text: str, kind: type, said: str) -> None:
