@@ -335,7 +335,11 @@ def compare_files(
 
     found = subjects(paths, trust_engines=trust_engines)
     given = open_samples(data, split="test", inputs=_inputs_of(paths), root=data_root, at_most=samples, seed=seed)
-    todo = cells(found, batches=batches, runtimes=runtimes or None, devices=devices)
+    refused = _refusals(paths)
+    todo = [
+        replace(cell, reason=refused.get(cell.subject.path, cell.reason))
+        for cell in cells(found, batches=batches, runtimes=runtimes or None, devices=devices)
+    ]
     return compare(
         todo, given.feeds, given.labels, reference=reference, source=given.source, machine=machine.describe(),
         on_row=on_row,
@@ -455,6 +459,20 @@ def _save_checkpoint(checkpoint: Checkpoint, output: Path, force: bool) -> Saved
         str(output), checkpoint.network, checkpoint.parameters, output.stat().st_size, checkpoint.sha256,
         checkpoint.metrics,
     )  # fmt: skip
+
+
+def _refusals(paths: Sequence[Path]) -> dict[Path, str]:
+    """Why a graph does not pass the pre-flight; it keeps its row in a comparison, but no library opens it."""
+    from memopt_export import preflight
+
+    refused = {}
+    for path in paths:
+        try:
+            if path.suffix == ".onnx":
+                preflight.check(path)
+        except MemoptError as error:
+            refused[path] = error.problem
+    return refused
 
 
 def _refuse_own_input(output: Path, inputs: Sequence[Path]) -> None:

@@ -275,6 +275,17 @@ def test_a_wrong_passphrase_leaves_no_bundle(type_: Callable[..., Answer], folde
     assert not bundle.exists()
 
 
+def test_a_graph_that_the_preflight_refuses_keeps_a_row_and_is_not_opened(
+    type_: Callable[..., Answer], folder: Path
+) -> None:
+    words = ("compare", folder / "tiny.onnx", folder / "page.onnx", "--data", folder / "data.npz", "--batch", 1)
+    answer = type_(*words, "--json")
+    assert answer.code == 0
+    measured, refused = json.loads(answer.out)["rows"]
+    assert measured["p50_ms"] > 0
+    assert "page.onnx is not a valid ONNX model" in refused["reason"]
+
+
 def test_pictures_are_classified(type_: Callable[..., Answer], folder: Path, picture: Path) -> None:
     answer = type_("run", folder / "tiny.mopt", picture, "--device", "cpu")
     assert answer.code == 0
