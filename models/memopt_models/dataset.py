@@ -116,7 +116,7 @@ def channel_statistics(images: Array) -> tuple[list[float], list[float]]:
         counts += [np.bincount(block[..., channel].ravel(), minlength=256) for channel in range(channels)]
     shares, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
     mean = shares @ values
-    std = np.sqrt(shares @ values**2 - mean**2)
+    std = np.sqrt(np.maximum(shares @ values**2 - mean**2, 0))  # rounding may go below zero in a flat channel
     return [round(float(m), 4) for m in mean], [round(float(s), 4) or 1.0 for s in std]
 
 
