@@ -50,8 +50,7 @@ def calibrate(
 
     A graph of a fixed batch gets batches of that size; samples that do not fill the last one are left out.
     """
-    first = graph.inputs[0].shape[:1]
-    fixed = first[0] if first and isinstance(first[0], int) else None
+    fixed = graph.fixed_batch
     whole = len(samples) if fixed is None else len(samples) // fixed * fixed
     return collect_ranges(
         graph,

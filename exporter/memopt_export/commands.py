@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt import machine
-from memopt.accuracy import agreement, max_difference, sqnr_db
+from memopt.accuracy import agreement, finite, max_difference, sqnr_db
 from memopt.bundle import Bundle, open_bundle
 from memopt.compare import cells, compare, subjects
 from memopt.errors import InputRefused, MemoptError, UsageError, first_line
@@ -230,7 +230,7 @@ def distill(
 
 
 def export(
-    source: str, data: str | None, output: Path, *, network: str | None = None, samples: int = 64,
+    source: str, data: str | None, output: Path, *, samples: int, network: str | None = None,
     program: Path | None = None, data_root: Path | None = None, force: bool = False,
 ) -> SavedGraph:  # fmt: skip
     """A checkpoint, or the module that `pkg.mod:factory` makes, as ONNX."""
@@ -276,7 +276,7 @@ def quantize(
     if judged is not None:
         got, expected = run_graph(done.graph, judged)[0], run_graph(graph, judged)[0]
         if got.shape == expected.shape:  # else the shape follows the values, and nothing can be set side by side
-            noise = _finite(sqnr_db(got, expected))
+            noise = finite(sqnr_db(got, expected))
             same = agreement(got, expected) if got.ndim == 2 else None
     save_graph(done.graph, output, force=force)
     return SavedQuantized(
@@ -590,7 +590,3 @@ def _replay_on(bundle: Bundle, variant: str, place: str, made_for: Runtime, devi
     if not np.isfinite(worst):
         return Replay(variant, place, None, atol, "outputs are not finite, or of another shape")
     return Replay(variant, place, worst, atol)
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None

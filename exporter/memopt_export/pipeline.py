@@ -68,10 +68,10 @@ class Work:
         student = self.job.distill if name == "student" else None
         return student.network if student is not None else self.job.train.network
 
-    def samples(self, split: str, *, count: int | None = None, seed: int = 0) -> Samples:
-        """A split as the model's inputs, or `count` samples of it."""
+    def samples(self, split: str, *, at_most: int | None = None, seed: int = 0) -> Samples:
+        """A split as the model's inputs, or `at_most` samples of it."""
         inputs = (self.data.input_spec,)
-        return open_samples(self.job.data, split=split, inputs=inputs, root=self.data_root, count=count, seed=seed)
+        return open_samples(self.job.data, split=split, inputs=inputs, root=self.data_root, at_most=at_most, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def pack_bundle(
             parts=(*parts, *(_engine_part(built) for built in engines)),
             labels=work.data.classes,
             preprocess=work.data.preprocess,
-            golden_inputs=work.samples("test", count=min(GOLDEN_SAMPLES, len(work.data.test))).feeds,
+            golden_inputs=work.samples("test", at_most=GOLDEN_SAMPLES).feeds,
             lineage=tuple(_lineage(work, checkpoints, graphs, engines)),
             license=work.job.license,
             tools=tool_versions(),
@@ -344,7 +344,7 @@ def _quantize(work: Work, network: str, exported: Outcome, recipe: Recipe) -> Ou
     def make(folder: Path) -> None:
         from memopt_export.quantize import quantize
 
-        samples = work.samples("train", count=min(asked.samples, len(work.data.train)), seed=asked.seed)
+        samples = work.samples("train", at_most=asked.samples, seed=asked.seed)
         done = quantize(_graph(exported), recipe, samples)
         save_graph(done.graph, folder / MODEL)
         _write_note(folder, {"fused": done.fused, "kept_float": done.kept_float, "source": samples.source})

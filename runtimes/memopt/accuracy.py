@@ -48,6 +48,15 @@ def sqnr_db(output: Array, reference: Array) -> float:
     return float("inf") if noise == 0 else 10 * float(np.log10(power / noise)) if power else float("-inf")
 
 
+def finite(value: float) -> float | None:
+    """The value; None, as JSON has no infinity, for the ratio of equal outputs.
+
+    >>> finite(27.0), finite(float("inf"))
+    (27.0, None)
+    """
+    return value if np.isfinite(value) else None
+
+
 def max_difference(output: Array, reference: Array) -> float:
     """The largest absolute difference."""
     return float(np.abs(output.astype(np.float64) - reference.astype(np.float64)).max(initial=0.0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memopt.accuracy import agreement, sqnr_db, top1
+from memopt.accuracy import agreement, finite, sqnr_db, top1
 from memopt.artifact import Artifact, open_artifact
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import InputRefused, MemoptError, UsageError
@@ -264,8 +263,4 @@ def _judge(row: Row, outputs: Array, expected: Array | None, labels: Array | Non
     if expected is None or outputs.shape != expected.shape:
         return row
     same = agreement(outputs, expected) if outputs.ndim == 2 else None
-    return replace(row, agreement=same, sqnr_db=_finite(sqnr_db(outputs, expected)))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return replace(row, agreement=same, sqnr_db=finite(sqnr_db(outputs, expected)))
