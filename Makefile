@@ -1,13 +1,14 @@
 # memopt: every target sets up what it needs, from python3 (3.11 or newer) alone.
 PYTHON ?= python3
 RECIPE ?= digits
+BENCH  ?= $(patsubst tests/benchmarks/bench_%.py,%,$(wildcard tests/benchmarks/bench_*.py))
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.memopt-setup
 SOURCES := runtimes models exporter
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test check lint types pytest fix gpu clean
+.PHONY: help setup export test check lint types pytest fix bench gpu clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -40,6 +41,9 @@ pytest: $(STAMP)
 fix: $(STAMP) ## repair what ruff can repair
 	$(BIN)/ruff check --fix $(SOURCES) tests
 	$(BIN)/ruff format $(SOURCES) tests
+
+bench: $(STAMP) ## the benchmarks and their marks, JSON in build/bench (BENCH=quantize: one of them)
+	@status=0; for name in $(BENCH); do $(BIN)/python tests/benchmarks/bench_$$name.py || status=1; done; exit $$status
 
 gpu: $(STAMP) ## the tests that need an NVIDIA GPU; without one they skip with the reason
 	$(BIN)/pytest -m gpu -rs
