@@ -11,14 +11,12 @@ import numpy as np
 from memopt.errors import InputRefused
 from memopt.tensors import Array, check_feeds
 from memopt_export.graph import Graph, refuse_subgraphs
+from memopt_export.means import Means
 
 if TYPE_CHECKING:
     import onnx
 
     from memopt_models.data import Samples
-
-# Told after each batch how many samples have been seen.
-OnStep = Callable[[int], None]
 
 # One mean tells of any NaN; ONNX Runtime's minimum and maximum skip a NaN that is not the first value they meet.
 _WATCHES = ("ReduceMin", "ReduceMax", "ReduceMean")
@@ -41,10 +39,9 @@ def calibrate(
     graph: Graph,
     tensors: Sequence[str],
     samples: Samples,
+    means: Means,
     *,
-    batch_size: int,
     allow_infinity: bool = False,
-    on_step: OnStep | None = None,
 ) -> Ranges:
     """The ranges of `tensors` on these samples, see `collect_ranges`.
 
@@ -55,11 +52,11 @@ def calibrate(
     return collect_ranges(
         graph,
         tensors,
-        samples.pick(slice(whole)).batches(fixed or batch_size),
+        samples.pick(slice(whole)).batches(fixed or means.batch_size),
         source=samples.source,
         fingerprint=samples.fingerprint,
         allow_infinity=allow_infinity,
-        on_step=on_step,
+        on_step=lambda done: means.tell("calibrate", done, whole),
     )
 
 
@@ -71,7 +68,7 @@ def collect_ranges(
     source: str,
     fingerprint: str,
     allow_infinity: bool = False,
-    on_step: OnStep | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> Ranges:
     """The ranges of `tensors` over all batches; only three numbers a tensor and batch leave the session.
 

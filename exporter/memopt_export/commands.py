@@ -265,13 +265,13 @@ def quantize(
 
     refuse_to_overwrite(output, force=force)
     _refuse_own_input(output, [model])
-    recipe, graph = Recipe(precision, target), load_graph(model)
+    recipe, graph = Recipe(precision, target, exclude=tuple(exclude)), load_graph(model)
     calibration = judged = None
     if data is not None:
         given = partial(open_samples, data, inputs=graph.inputs, root=data_root)
         calibration = given(split="train", at_most=samples, seed=seed)
         judged = given(split="validation", at_most=graph.fixed_batch or _JUDGED_SAMPLES).feeds
-    done = quantizing.quantize(graph, recipe, calibration, exclude=tuple(exclude))
+    done = quantizing.quantize(graph, recipe, calibration)
     noise = same = None
     if judged is not None:
         got, expected = run_graph(done.graph, judged)[0], run_graph(graph, judged)[0]

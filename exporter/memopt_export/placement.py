@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memopt_export.graph import Graph, Wiring, attribute, label, refuse_subgraphs, wire
+from memopt_export.recipe import Recipe
 
 if TYPE_CHECKING:
     import onnx
@@ -68,24 +69,27 @@ class Placement:
         return tuple(dict.fromkeys(self.ranges_of.values()))
 
 
-def place(graph: Graph, target: str, *, exclude: Collection[str] = ()) -> Placement:
-    """Where Q/DQ go for `target`, one of PLACES, with the nodes named in `exclude` left in float.
+def place(graph: Graph, recipe: Recipe) -> Placement:
+    """Where Q/DQ go for the recipe's target, with the nodes that it keeps float left alone.
 
     Raises:
         InputRefused: the graph has subgraphs.
     """
     refuse_subgraphs(graph, "quantize")
     wiring = wire(graph.model)
+    kept = frozenset(i for i, node in enumerate(wiring.nodes) if recipe.excludes(label(node), node.op_type))
     layers = {
         index: Layer(index, axis)
         for index, node in enumerate(wiring.nodes)
-        if label(node) not in exclude and (axis := _channel_axis(node, wiring)) is not None
+        if index not in kept
+        and recipe.includes(label(node), node.op_type)
+        and (axis := _channel_axis(node, wiring)) is not None
     }
-    reads, outputs = PLACES[target](wiring, layers, exclude)
+    reads, outputs = PLACES[recipe.target](wiring, layers, kept)
     quantized = {wiring.nodes[index].input[slot] for index, slot in reads} | outputs
     floats = [i for i, node in enumerate(wiring.nodes) if has_weight(node, wiring) and i not in layers]
     return Placement(
-        target,
+        recipe.target,
         tuple(layers.values()),
         {
             tensor: _origin(tensor, wiring)
@@ -164,9 +168,9 @@ def _passes_through(node: onnx.NodeProto, wiring: Wiring) -> bool:
 # --- ONNX Runtime's CPU kernels
 
 
-def _place_on_cpu(wiring: Wiring, layers: Collection[int], exclude: Collection[str]) -> tuple[set[Read], set[str]]:
+def _place_on_cpu(wiring: Wiring, layers: Collection[int], kept: Collection[int]) -> tuple[set[Read], set[str]]:
     """Around every node computed in integers. Float nodes read dequantized values only of what integer nodes write."""
-    integer, wanted = _integer_nodes(wiring, layers, exclude)
+    integer, wanted = _integer_nodes(wiring, layers, kept)
     written = wanted & {_written_by(index, wiring) for index in integer}
     reads = {
         (index, slot)
@@ -177,7 +181,7 @@ def _place_on_cpu(wiring: Wiring, layers: Collection[int], exclude: Collection[s
     return reads, written & wiring.outputs
 
 
-def _integer_nodes(wiring: Wiring, layers: Collection[int], exclude: Collection[str]) -> tuple[set[int], set[str]]:
+def _integer_nodes(wiring: Wiring, layers: Collection[int], kept: Collection[int]) -> tuple[set[int], set[str]]:
     """The nodes to compute in integers, and the tensors that they want quantized, found from the outputs backwards.
 
     1. A layer wants its input. A convolution wants its output too: it has no kernel from integers to float.
@@ -190,7 +194,7 @@ def _integer_nodes(wiring: Wiring, layers: Collection[int], exclude: Collection[
         if index in layers:
             inputs = [node.input[0]]
             wanted.update({_written_by(index, wiring)} if node.op_type == "Conv" else ())
-        elif _written_by(index, wiring) in wanted and label(node) not in exclude:
+        elif _written_by(index, wiring) in wanted and index not in kept:
             inputs = _activations(node, wiring)
         else:
             continue
@@ -237,13 +241,11 @@ def _scalar(name: str, wiring: Wiring) -> float | None:
 # --- TensorRT
 
 
-def _place_for_tensorrt(
-    wiring: Wiring, layers: Collection[int], exclude: Collection[str]
-) -> tuple[set[Read], set[str]]:
+def _place_for_tensorrt(wiring: Wiring, layers: Collection[int], kept: Collection[int]) -> tuple[set[Read], set[str]]:
     """Before every layer, and before the other side of an Add whose one side is a convolution."""
     reads = {(index, 0) for index in layers}
     for index, node in enumerate(wiring.nodes):
-        side = _residual_side(node, wiring, layers) if node.op_type == "Add" and label(node) not in exclude else None
+        side = _residual_side(node, wiring, layers) if node.op_type == "Add" and index not in kept else None
         if side is not None:
             reads.add((index, side))
     return reads, set()
@@ -263,7 +265,7 @@ def _residual_side(add: onnx.NodeProto, wiring: Wiring, layers: Collection[int])
     return 1 - convs[max(convs)] if convs and not any(wiring.is_constant(name) for name in add.input) else None
 
 
-PLACES: dict[str, Callable[[Wiring, Collection[int], Collection[str]], tuple[set[Read], set[str]]]] = {
+PLACES: dict[str, Callable[[Wiring, Collection[int], Collection[int]], tuple[set[Read], set[str]]]] = {
     "cpu": _place_on_cpu,
     "tensorrt": _place_for_tensorrt,
 }

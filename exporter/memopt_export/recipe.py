@@ -1,4 +1,4 @@
-"""A recipe: which precision, for which target. Its name is written and read here and nowhere else."""
+"""A recipe: which precision, for which target, made how. Its name and its TOML are written and read here alone."""
 
 from __future__ import annotations
 
@@ -8,24 +8,46 @@ from memopt.errors import UsageError
 
 PRECISIONS = ("fp32", "fp16", "int8")
 TARGETS = ("cpu", "tensorrt")
+CALIBRATIONS = ("mse", "minmax", "percentile", "entropy")
+CORRECTIONS = ("gptq", "bias", "none")
+# Precisions whose graph depends on the target.
+_TARGETED = frozenset({"int8"})
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a graph is quantized.
 
-    `target` decides where Q/DQ stand and which integers they use: "cpu" (ONNX Runtime: unsigned asymmetric activations)
-    or "tensorrt" (signed symmetric ones). It means nothing for floating-point precisions.
+    Attributes:
+        precision: one of PRECISIONS.
+        target: who computes it. "cpu" (ONNX Runtime: unsigned asymmetric activations) or "tensorrt" (signed symmetric
+            ones) decides where Q/DQ stand and which integers they use; it means nothing for floating-point precisions.
+        calibration: how a tensor's range follows from its values on the samples, one of CALIBRATIONS.
+        percentile: of the values that "percentile" keeps within the range, 50 to 100.
+        correction: what is done about the error of rounded weights: "bias" shifts each channel's mean back, "gptq"
+            rounds each weight so that it makes up for the ones before, and shifts too; "none" rounds to nearest.
+        weight_bits: of integer layers: 8, or 7 for CPUs without VNNI, whose 16-bit sums saturate.
+        exclude: names of nodes, or operators, that stay float.
+        include: names of layers, or operators; where there are any, all other layers stay float.
     """
 
     precision: str
     target: str = "cpu"
+    calibration: str = "mse"
+    percentile: float = 99.999
+    correction: str = "gptq"
+    weight_bits: int = 8
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise UsageError(f"precision {self.precision!r} is not known", hint="one of " + ", ".join(PRECISIONS))
-        if self.target not in TARGETS:
-            raise UsageError(f"target {self.target!r} is not known", hint="one of " + ", ".join(TARGETS))
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} {getattr(self, name)!r} is not known", hint="one of " + ", ".join(known))
+        if not 50 <= self.percentile <= 100:
+            raise UsageError(f"percentile is {self.percentile:g}", hint="50 to 100, such as 99.999")
+        if self.weight_bits not in (7, 8):
+            raise UsageError(f"weight_bits is {self.weight_bits}", hint="8, or 7 for CPUs without VNNI")
 
     @property
     def name(self) -> str:
@@ -35,17 +57,28 @@ class Recipe:
         ('int8', 'int8-tensorrt', 'fp16')
         """
         return (
-            f"{self.precision}-{self.target}"
-            if (self.precision, self.target) == ("int8", "tensorrt")
+            f"{self.precision}-tensorrt"
+            if self.target == "tensorrt" and self.precision in _TARGETED
             else self.precision
         )
 
+    def excludes(self, name: str, operator: str) -> bool:
+        """Whether the node of this name and operator stays float in any case."""
+        return name in self.exclude or operator in self.exclude
+
+    def includes(self, name: str, operator: str) -> bool:
+        """Whether the layer of this name and operator is one of those to change."""
+        return not self.include or name in self.include or operator in self.include
+
+
+_CHOICES = {"precision": PRECISIONS, "target": TARGETS, "calibration": CALIBRATIONS, "correction": CORRECTIONS}
+
 
 def parse(name: str) -> Recipe:
-    """The recipe with this name; UsageError for an unknown one.
+    """The recipe with this name and all else by default; UsageError for an unknown one.
 
-    >>> parse("int8-tensorrt")
-    Recipe(precision='int8', target='tensorrt')
+    >>> parse("int8-tensorrt").target, parse("int8").target
+    ('tensorrt', 'cpu')
     """
-    precision, _, target = name.partition("-")
-    return Recipe(precision, target or "cpu")
+    precision = name.removesuffix("-tensorrt")
+    return Recipe(precision, "cpu" if precision == name else "tensorrt")

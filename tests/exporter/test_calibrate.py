@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from memopt.errors import InputRefused
 from memopt_export.calibrate import Ranges, calibrate, collect_ranges, merge
 from memopt_export.graph import Graph
+from memopt_export.means import Means, Step
 from memopt_models.data import Samples
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -118,9 +119,9 @@ def test_an_unknown_tensor_is_refused(doubled):
 
 def test_samples_are_run_in_batches_of_the_size_asked_for(doubled):
     samples, seen = Samples(rows(1, 2, 3, 4, 5, 6, 7, 8, 9), None, "random/train"), []
-    ranges = calibrate(doubled, ["x"], samples, batch_size=2, on_step=seen.append)
+    ranges = calibrate(doubled, ["x"], samples, Means(batch_size=2, on_step=seen.append))
     assert ranges == Ranges({"x": (1.0, 9.0)}, 3, "random/train", samples.fingerprint)
-    assert seen == [2, 3]
+    assert seen == [Step("calibrate", 2, 3), Step("calibrate", 3, 3)]
 
 
 def test_samples_that_do_not_fill_a_fixed_batch_are_left_out_and_not_counted(doubled):
@@ -128,7 +129,7 @@ def test_samples_that_do_not_fill_a_fixed_batch_are_left_out_and_not_counted(dou
     for value in (model.graph.input[0], model.graph.output[0]):
         value.type.tensor_type.shape.dim[0].dim_value = 2
     samples = Samples(rows(1, 2, 3, 4, 5, 6, 7, 8, 9), None, "random/train")
-    ranges = calibrate(Graph(model, "0" * 64), ["x"], samples, batch_size=8)
+    ranges = calibrate(Graph(model, "0" * 64), ["x"], samples, Means())
     assert (ranges.bounds, ranges.samples) == ({"x": (1.0, 6.0)}, 2)
 
 

@@ -7,6 +7,7 @@ from memopt_export.calibrate import collect_ranges
 from memopt_export.graph import Graph, wire
 from memopt_export.placement import place
 from memopt_export.qdq import fused_counts, insert
+from memopt_export.recipe import Recipe
 from memopt_export.simplify import simplify
 
 onnx = pytest.importorskip("onnx")
@@ -20,7 +21,7 @@ def quantized(samples_of):
 
     def quantize(graph, target, *, exclude=()):
         samples = samples_of(graph)
-        placement = place(graph, target, exclude=exclude)
+        placement = place(graph, Recipe("int8", target, exclude=tuple(exclude)))
         ranges = collect_ranges(graph, placement.tensors, samples.batches(8), source="random", fingerprint="0" * 64)
         return insert(graph, placement, ranges)
 
@@ -98,7 +99,7 @@ def test_operations_with_subgraphs_are_refused(net, target):
     drawn = net(3)
     drawn.choice()
     with pytest.raises(InputRefused, match="quantize handles straight graphs only; 'choice' is a If"):
-        place(drawn.graph(), target)
+        place(drawn.graph(), Recipe("int8", target))
 
 
 def test_what_has_no_integer_kernel_is_reported(net, target):
@@ -106,7 +107,7 @@ def test_what_has_no_integer_kernel_is_reported(net, target):
     drawn.op("Gemm", "x", drawn.weight("w1", 8, 8), name="factored", alpha=0.5)
     drawn.op("MatMul", drawn.last, drawn.weight("w2", 1, 8, 8), name="stacked")
     drawn.op("MatMul", drawn.last, drawn.weight("w3", 8, 8), name="plain")
-    assert place(drawn.graph(), target).kept_float == ("factored", "stacked")
+    assert place(drawn.graph(), Recipe("int8", target)).kept_float == ("factored", "stacked")
 
 
 def test_graph_given_is_unchanged(cnn, quantized, target):

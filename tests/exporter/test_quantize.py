@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from memopt.accuracy import sqnr_db
 from memopt.errors import InputRefused, UsageError
 from memopt_export.graph import Graph, load_graph, save_graph
+from memopt_export.means import Means
 from memopt_export.quantize import METHODS, Quantized, float16, quantize
 from memopt_export.recipe import PRECISIONS, Recipe, parse
 from memopt_models.data import Samples
@@ -92,7 +94,7 @@ def test_graph_given_is_unchanged(graph, recipe, samples):
 
 
 def test_an_excluded_node_is_reported_and_keeps_its_weights(graph, recipe, samples):
-    result = quantize(graph, recipe, samples, exclude=["wide"])
+    result = quantize(graph, replace(recipe, exclude=("wide",)), samples)
     stored = {tensor.name: tensor for tensor in result.graph.model.graph.initializer}
     kept = [name for name in stored if name.startswith("wide.w")]
     assert result.kept_float == ("wide",)
@@ -138,8 +140,8 @@ def test_bytes_do_not_depend_on_the_hash_seed(graph, samples, tmp_path):
 
 def test_progress_reaches_the_number_of_samples(graph, recipe, samples):
     seen = []
-    quantize(graph, recipe, samples, batch_size=10, on_step=seen.append)
-    assert seen == [10, 20, 30, 32]
+    quantize(graph, recipe, samples, Means(batch_size=10, on_step=seen.append))
+    assert [step.done for step in seen if step.what == "calibrate"] == [10, 20, 30, 32]
 
 
 def test_a_fixed_batch_decides_the_size_of_calibration_runs(net, recipe, samples_of):
@@ -150,8 +152,8 @@ def test_a_fixed_batch_decides_the_size_of_calibration_runs(net, recipe, samples
         value.type.tensor_type.shape.dim[0].dim_value = 2
     graph = Graph(model, "0" * 64)
     seen = []
-    quantize(graph, recipe, samples_of(graph, 7), batch_size=5, on_step=seen.append)
-    assert seen == [2, 4, 6]
+    quantize(graph, recipe, samples_of(graph, 7), Means(batch_size=5, on_step=seen.append))
+    assert [step.done for step in seen if step.what == "calibrate"] == [2, 4, 6]
 
 
 # --- refusals
@@ -159,7 +161,7 @@ def test_a_fixed_batch_decides_the_size_of_calibration_runs(net, recipe, samples
 
 def test_an_unknown_node_to_exclude_is_refused_with_the_nearest_names(graph, recipe, samples):
     with pytest.raises(UsageError, match=r"the graph has no node 'wild' to exclude; hint: --exclude wide or "):
-        quantize(graph, recipe, samples, exclude=["wild"])
+        quantize(graph, replace(recipe, exclude=("wild",)), samples)
 
 
 def test_what_is_quantized_already_is_refused(done, recipe, samples):
@@ -248,7 +250,7 @@ def half(drawn, samples_of, run, *outputs, exclude=()):
     """The graph converted without samples, after checking that it runs close to the float one."""
     graph = drawn.graph(*outputs)
     samples = samples_of(graph, 4)
-    result = float16.convert(graph, exclude=exclude)
+    result = float16.convert(graph, Recipe("fp16", exclude=tuple(exclude)))
     onnx.checker.check_model(result.graph.model, full_check=True)
     assert (result.graph.inputs, result.graph.outputs) == (graph.inputs, graph.outputs)
     assert sqnr_db(run(result.graph, samples), run(graph, samples)) > FLOOR_DB["fp16"]

@@ -10,8 +10,9 @@ import numpy as np
 
 from memopt.errors import InputRefused
 from memopt.tensors import Array
-from memopt_export.calibrate import OnStep, Ranges, calibrate
+from memopt_export.calibrate import Ranges, calibrate
 from memopt_export.graph import Graph, Wiring, label, refuse_subgraphs, wire
+from memopt_export.means import UNLIMITED, Means
 from memopt_export.quantize.quantized import Quantized
 from memopt_export.recipe import Recipe
 
@@ -32,18 +33,12 @@ _FLOAT_SOURCES = frozenset(
 
 
 def convert(
-    graph: Graph,
-    recipe: Recipe = _RECIPE,
-    samples: Samples | None = None,
-    *,
-    batch_size: int = 8,
-    exclude: Collection[str] = (),
-    on_step: OnStep | None = None,
+    graph: Graph, recipe: Recipe = _RECIPE, samples: Samples | None = None, means: Means = UNLIMITED
 ) -> Quantized:
     """The graph in float16, with Casts behind its inputs and before its outputs.
 
     A node computes in float32, between Casts, where
-    1. `exclude` names it,
+    1. the recipe keeps it float,
     2. it reads a finite weight beyond 65504, the largest half,
     3. its operator knows no float16 (Range), or takes its type from an attribute (RandomNormal),
     4. it reads or writes a tensor that goes beyond SAFE on the samples. Without samples nobody knows (ranges is None),
@@ -63,12 +58,13 @@ def convert(
     ranges = None
     if samples is not None:
         tensors = [name for name in (*(spec.name for spec in graph.inputs), *wiring.writer) if name in floats]
-        ranges = calibrate(graph, tensors, samples, batch_size=batch_size, allow_infinity=True, on_step=on_step)
+        ranges = calibrate(graph, tensors, samples, means, allow_infinity=True)
     unsafe = _unsafe(ranges)
     kept = {
         index
         for index, node in enumerate(wiring.nodes)
-        if label(node) in exclude
+        if recipe.excludes(label(node), node.op_type)
+        or not recipe.includes(label(node), node.op_type)
         or _is_too_large(node, wiring)
         or allowed[index].never_half(node, floats)
         or not unsafe.isdisjoint((*node.input, *node.output))

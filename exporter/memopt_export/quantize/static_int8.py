@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from memopt.errors import InputRefused, UsageError
-from memopt_export.calibrate import OnStep, calibrate
+from memopt_export.calibrate import calibrate
 from memopt_export.graph import Graph
+from memopt_export.means import Means
 from memopt_export.placement import place
 from memopt_export.qdq import fused_counts, insert
 from memopt_export.quantize.quantized import Quantized
@@ -20,15 +20,7 @@ if TYPE_CHECKING:
 PER_CHANNEL_OPSET = 13
 
 
-def quantize(
-    graph: Graph,
-    recipe: Recipe,
-    samples: Samples | None,
-    *,
-    batch_size: int = 8,
-    exclude: Collection[str] = (),
-    on_step: OnStep | None = None,
-) -> Quantized:
+def quantize(graph: Graph, recipe: Recipe, samples: Samples | None, means: Means) -> Quantized:
     """The graph with int8 layers for the recipe's target.
 
     Raises:
@@ -38,10 +30,10 @@ def quantize(
     if samples is None:
         raise UsageError("static int8 needs samples to calibrate on", hint="--data SPEC")
     graph = _at_least_opset(graph, PER_CHANNEL_OPSET)
-    placement = place(graph, recipe.target, exclude=exclude)
+    placement = place(graph, recipe)
     if not placement.layers:
         raise InputRefused("the graph has no Conv, Gemm or MatMul that int8 could serve", hint="--precision fp16")
-    ranges = calibrate(graph, placement.tensors, samples, batch_size=batch_size, on_step=on_step)
+    ranges = calibrate(graph, placement.tensors, samples, means)
     quantized = insert(graph, placement, ranges)
     quantized = quantized.with_model(quantized.model, precision=recipe.name)
     fused = fused_counts(quantized.data) if recipe.target == "cpu" else None
