@@ -15,6 +15,7 @@ from memopt.tensors import Array
 from memopt_export.graph import Graph, wire
 from memopt_export.histogram import AffineOf, Histogram, by_entropy, by_mse, by_percentile
 from memopt_export.means import Means
+from memopt_export.plan import tensor_sizes
 from memopt_export.recipe import Recipe
 from memopt_export.walk import Walk
 
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     import onnx
 
     from memopt_models.data import Batches, Pictures, Samples
-
-# A session holds weights as it parses them, as it packs them, and as they were given.
-WEIGHT_COPIES = 4
 
 # One mean tells of any NaN; ONNX Runtime's minimum and maximum skip a NaN that is not the first value they meet.
 _WATCHES = ("ReduceMin", "ReduceMax", "ReduceMean")
@@ -50,35 +48,41 @@ def calibrate(
 
     A graph of a fixed batch gets batches of that size; samples that do not fill the last one are left out.
     """
-    batches = batches_for(graph, samples, means.batch_size)
+    batches = batches_for(graph, samples, means)
     return collect_ranges(
         graph,
         tensors,
         batches,
         source=samples.source,
         fingerprint=samples.fingerprint,
-        cuts=cuts(graph, means),
+        cuts=cuts(graph, means.piece_bytes),
         allow_infinity=allow_infinity,
         on_step=lambda done: means.tell("calibrate", done, len(batches.samples)),
     )
 
 
-def batches_for(graph: Graph, samples: Samples | Pictures, batch_size: int) -> Batches:
+def batches_for(graph: Graph, samples: Samples | Pictures, means: Means) -> Batches:
     """The samples in batches that the graph takes: of its own size where it is fixed, and then only whole ones."""
     fixed = graph.fixed_batch
     whole = samples if fixed is None else samples.pick(slice(len(samples) // fixed * fixed))
-    return whole.batches(fixed or batch_size)
+    return whole.batches(fixed or max(1, min(means.batch_size, means.run_bytes // max(sample_bytes(graph), 1))))
 
 
-def cuts(graph: Graph, means: Means) -> tuple[int, ...]:
-    """Where to cut the graph, so that the weights of a piece take no more than a part of the memory there is."""
-    if means.memory_bytes is None:
-        return ()
-    allowance, held, found = means.memory_bytes // WEIGHT_COPIES // 4, 0, []
+def sample_bytes(graph: Graph) -> int:
+    """What all tensors of one sample take together; 0 where their shapes are not known."""
+    try:
+        return sum(tensor_sizes(graph).values())
+    except InputRefused:
+        return 0
+
+
+def cuts(graph: Graph, piece_bytes: int | None) -> tuple[int, ...]:
+    """Nodes before which to cut the graph, so that the weights of a piece take no more, or are those of one node."""
+    found, held = [], 0
     wiring = wire(graph.model)
-    for index, node in enumerate(wiring.nodes):
+    for index, node in enumerate(wiring.nodes if piece_bytes is not None else ()):
         size = sum(wiring.initializers[name].ByteSize() for name in node.input if name in wiring.initializers)
-        if held and held + size > allowance:
+        if held and piece_bytes is not None and held + size > piece_bytes:
             found.append(index)
             held = 0
         held += size

@@ -160,12 +160,15 @@ def _look(work: _Work, walks: _Walks, geometry: Geometry, matrix: Array, batches
         drawn = rng.permutation(there)[: -(-wanted // batches)]
         some = np.sort(drawn[: -(-kept // batches)])
         if parts:
-            read = geometry.rows(quantized, np.sort(drawn)).reshape(groups, len(drawn), parts, -1).swapaxes(1, 2)
-            read = read.reshape(shape[0], len(drawn), shape[1])
-            moments += read.swapaxes(1, 2) @ read
+            read = geometry.rows(quantized, np.sort(drawn)).reshape(groups, len(drawn), parts, -1)
+            moments += _second_moments(read.swapaxes(1, 2).reshape(shape[0], len(drawn), shape[1]))
         rows.append(geometry.rows(quantized, some))
         expected.append(_multiply(geometry.rows(plain, some), matrix))
     return _Found(moments, np.concatenate(rows, axis=1), np.concatenate(expected))
+
+
+def _second_moments(rows: Array) -> Array:
+    return np.asarray(rows.swapaxes(1, 2) @ rows)
 
 
 def _parts(inputs: int) -> int | None:
@@ -191,6 +194,8 @@ def _round(matrix: Array, affine: Affine, moments: Array, largest: int) -> Array
 
 def _multiply(rows: Array, matrix: Array) -> Array:
     """The layer's outputs for these rows, (rows, channels)."""
+    if matrix.shape[1] == 1:  # a depthwise convolution: many tiny products
+        return np.asarray(np.einsum("gri,gi->rg", rows, matrix[:, 0].astype(np.float32)))
     products = rows @ matrix.astype(np.float32).swapaxes(1, 2)  # (groups, rows, outputs)
     return products.swapaxes(0, 1).reshape(products.shape[1], -1)
 

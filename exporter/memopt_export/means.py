@@ -23,13 +23,15 @@ class Means:
     """What a quantization may use.
 
     Attributes:
-        batch_size: samples in one run, where the graph leaves it free.
-        memory_bytes: what the process may hold beyond what it holds at the start; None: no limit.
+        batch_size: the most samples in one run, where the graph leaves it free.
+        run_bytes: what the tensors of one run may take together; fewer samples are run at once where they would more.
+        piece_bytes: what the weights of one piece of the graph may take; None: the graph is not cut.
         on_step: told after each run or layer.
     """
 
-    batch_size: int = 8
-    memory_bytes: int | None = None
+    batch_size: int = 32
+    run_bytes: int = 128 * 2**20
+    piece_bytes: int | None = None
     on_step: OnStep | None = None
 
     def tell(self, what: str, done: int, total: int) -> None:

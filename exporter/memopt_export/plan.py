@@ -83,6 +83,15 @@ def plan(graph: Graph, *, batch: int = 1) -> Plan:
     )
 
 
+def tensor_sizes(graph: Graph, *, batch: int = 1) -> dict[str, int]:
+    """Bytes of each tensor whose shape follows from the inputs', with every free dimension set to `batch`.
+
+    Raises:
+        InputRefused: shapes contradict each other.
+    """
+    return _sizes(_inferred(graph, batch))
+
+
 def largest_batch(graph: Graph, budget_bytes: int) -> int | None:
     """The largest batch whose weights, inputs and activation peak fit together; None where not even 1 does.
 

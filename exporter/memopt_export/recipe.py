@@ -26,6 +26,7 @@ class Recipe:
         percentile: of the values that "percentile" keeps within the range, 50 to 100.
         correction: what is done about the error of rounded weights: "bias" shifts each channel's mean back, "gptq"
             rounds each weight so that it makes up for the ones before, and shifts too; "none" rounds to nearest.
+        equalize: whether channels are brought to similar ranges first; the float graph computes the same.
         weight_bits: of integer layers: 8, or 7 for CPUs without VNNI, whose 16-bit sums saturate.
         exclude: names of nodes, or operators, that stay float.
         include: names of layers, or operators; where there are any, all other layers stay float.
@@ -36,6 +37,7 @@ class Recipe:
     calibration: str = "mse"
     percentile: float = 99.999
     correction: str = "gptq"
+    equalize: bool = True
     weight_bits: int = 8
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()

@@ -15,9 +15,9 @@ from memopt_export.recipe import Recipe
 from memopt_export.simplify import simplify
 
 if TYPE_CHECKING:
-    from memopt_models.data import Samples
+    from memopt_models.data import Pictures, Samples
 
-__all__ = ["METHODS", "Means", "Quantized", "Step", "quantize"]
+__all__ = ["METHODS", "Means", "Quantized", "Step", "quantize", "to_quantize"]
 
 METHODS: dict[str, Callable[..., Quantized]] = {
     "fp16": float16.convert,
@@ -25,7 +25,7 @@ METHODS: dict[str, Callable[..., Quantized]] = {
 }
 
 
-def quantize(graph: Graph, recipe: Recipe, samples: Samples | None, means: Means = UNLIMITED) -> Quantized:
+def quantize(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, means: Means = UNLIMITED) -> Quantized:
     """The graph in the recipe's precision, named after the recipe; inputs and outputs stay as they are.
 
     Args:
@@ -38,13 +38,22 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | None, means: Means
         UsageError: the recipe has no method, needs samples, or excludes or includes what is not there.
         InputRefused: the graph is not float32, has subgraphs, or nothing in it can be quantized.
     """
+    return METHODS[recipe.precision](to_quantize(graph, recipe), recipe, samples, means)
+
+
+def to_quantize(graph: Graph, recipe: Recipe) -> Graph:
+    """The graph as methods take it: simplified, after all that can be refused before a sample is looked at.
+
+    Raises:
+        UsageError, InputRefused: as by `quantize`.
+    """
     if recipe.precision not in METHODS:
         raise UsageError(f"{recipe.precision} is not made by quantizing", hint="--precision " + "|".join(METHODS))
     _refuse_quantized(graph)
     refuse_subgraphs(graph, "quantize")
     graph = simplify(graph)
     _refuse_unknown(graph, recipe)
-    return METHODS[recipe.precision](graph, recipe, samples, means)
+    return graph
 
 
 def _refuse_quantized(graph: Graph) -> None:

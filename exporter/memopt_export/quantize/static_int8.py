@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memopt.errors import InputRefused, UsageError
 from memopt_export.calibrate import Ranges, batches_for, calibrate, count, cuts, narrow
 from memopt_export.correct import choose_weights
+from memopt_export.equalize import equalize
 from memopt_export.graph import Graph
 from memopt_export.means import Means
-from memopt_export.placement import Placement, place
-from memopt_export.qdq import FORMATS, fused_counts, insert
+from memopt_export.placement import place
+from memopt_export.qdq import FORMATS, Stored, fused_counts, insert
 from memopt_export.quantize.quantized import Quantized
 from memopt_export.recipe import Recipe
 
@@ -21,12 +23,41 @@ if TYPE_CHECKING:
 PER_CHANNEL_OPSET = 13
 
 
-def quantize(graph: Graph, recipe: Recipe, samples: Samples | None, means: Means) -> Quantized:
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """All that has been found out from the samples: the graph, equalized, the ranges, and what each layer stores."""
+
+    graph: Graph
+    ranges: Ranges
+    stored: dict[int, Stored]
+
+    def quantized(self, recipe: Recipe) -> Quantized:
+        """The graph with int8 layers, those left out that the recipe keeps float."""
+        graph = self.assembled(recipe)
+        fused = fused_counts(graph.data) if recipe.target == "cpu" else None
+        return Quantized(graph, self.ranges, fused, place(self.graph, recipe).kept_float)
+
+    def assembled(self, recipe: Recipe) -> Graph:
+        """The same graph, without a look at what ONNX Runtime makes of it."""
+        graph = insert(self.graph, place(self.graph, recipe), self.ranges, self.stored)
+        return graph.with_model(graph.model, precision=recipe.name)
+
+
+def quantize(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, means: Means) -> Quantized:
     """The graph with int8 layers for the recipe's target.
 
     Raises:
         UsageError: there are no samples to calibrate on.
         InputRefused: nothing can be quantized, or calibration refuses the samples.
+    """
+    return prepare(graph, recipe, samples, means).quantized(recipe)
+
+
+def prepare(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, means: Means) -> Prepared:
+    """What `quantize` finds out before it writes the graph.
+
+    Raises:
+        UsageError, InputRefused: as by `quantize`.
     """
     if samples is None:
         raise UsageError("static int8 needs samples to calibrate on", hint="--data SPEC")
@@ -34,21 +65,15 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | None, means: Means
     placement = place(graph, recipe)
     if not placement.layers:
         raise InputRefused("the graph has no Conv, Gemm or MatMul that int8 could serve", hint="--precision fp16")
-    ranges = _ranges(graph, placement, samples, recipe, means)
-    chosen = choose_weights(graph, placement, ranges, batches_for(graph, samples, means.batch_size), recipe, means)
-    quantized = insert(graph, placement, ranges, chosen)
-    quantized = quantized.with_model(quantized.model, precision=recipe.name)
-    fused = fused_counts(quantized.data) if recipe.target == "cpu" else None
-    return Quantized(quantized, ranges, fused, placement.kept_float)
-
-
-def _ranges(graph: Graph, placement: Placement, samples: Samples | Pictures, recipe: Recipe, means: Means) -> Ranges:
-    """The range of every quantized tensor, as the recipe's calibration chooses it."""
+    batches = batches_for(graph, samples, means)
+    pieces = cuts(graph, means.piece_bytes)
+    if recipe.equalize:
+        graph = equalize(graph, placement, batches, cuts=pieces)
     ranges = calibrate(graph, placement.tensors, samples, means)
-    if recipe.calibration == "minmax":
-        return ranges
-    histograms = count(graph, ranges, batches_for(graph, samples, means.batch_size), cuts=cuts(graph, means))
-    return narrow(ranges, histograms, recipe, FORMATS[placement.target].activations)
+    if recipe.calibration != "minmax":
+        histograms = count(graph, ranges, batches, cuts=pieces)
+        ranges = narrow(ranges, histograms, recipe, FORMATS[placement.target].activations)
+    return Prepared(graph, ranges, choose_weights(graph, placement, ranges, batches, recipe, means))
 
 
 def _at_least_opset(graph: Graph, opset: int) -> Graph:
