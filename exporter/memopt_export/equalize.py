@@ -238,14 +238,18 @@ class _Weights:
         return power.reshape(channels, each).sum(axis=1), np.repeat(steps, channels // geometry.groups) * each
 
     def put_into(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """The model with all that was changed. In place."""
+        """The model with all that was changed, under the names it had where nobody else reads it. In place."""
         from onnx import numpy_helper
 
+        stored = {tensor.name: tensor for tensor in model.graph.initializer}
         for index, arrays in self._changed.items():
             node = model.graph.node[index]
-            for slot, (array, kind) in enumerate(zip(arrays, ("weight", "bias"), strict=False), 1):
-                node.input[slot] = f"{node.output[0]}.{kind}.equalized"
-                model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), node.input[slot]))
+            for slot, array in enumerate(arrays, 1):
+                name = node.input[slot]
+                if len(self._wiring.readers[name]) > 1:
+                    name = node.input[slot] = f"{node.output[0]}.{name}"
+                    stored[name] = model.graph.initializer.add()
+                stored[name].CopyFrom(numpy_helper.from_array(array.astype(np.float32), name))
         drop_unused_initializers(model)
         return model
 

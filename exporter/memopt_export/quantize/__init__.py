@@ -38,7 +38,8 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, m
         UsageError: the recipe has no method, needs samples, or excludes or includes what is not there.
         InputRefused: the graph is not float32, has subgraphs, or nothing in it can be quantized.
     """
-    return METHODS[recipe.precision](to_quantize(graph, recipe), recipe, samples, means)
+    ready = to_quantize(graph, recipe)
+    return METHODS[recipe.precision](ready, recipe, samples, means)
 
 
 def to_quantize(graph: Graph, recipe: Recipe) -> Graph:
