@@ -33,9 +33,11 @@ def at_least_opset(graph: Graph, opset: int) -> Graph:
     if current >= opset:
         return graph
     try:
-        return graph.with_model(version_converter.convert_version(graph.model, opset))
+        model = version_converter.convert_version(graph.model, opset)
     except (version_converter.ConvertError, RuntimeError) as error:
         raise InputRefused(
             f"the graph has opset {current}, {opset} is needed, and onnx cannot convert it: {first_line(error)}",
             hint=f"export it again with opset {opset} or newer",
         ) from error
+    del model.graph.value_info[:]  # types as they were, which a method may be about to change
+    return graph.with_model(model)

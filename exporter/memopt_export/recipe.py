@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from memopt.errors import UsageError
 
-PRECISIONS = ("fp32", "fp16", "int8", "int8-weights", "int4-weights")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-weights", "int4-weights")
 TARGETS = ("cpu", "tensorrt")
 CALIBRATIONS = ("mse", "minmax", "percentile", "entropy")
 CORRECTIONS = ("gptq", "bias", "none")
@@ -35,6 +35,7 @@ class Recipe:
         include: names of layers, or operators; where there are any, all other layers stay float.
         group_size: of weight-only precisions: inputs that share a scale, one of GROUP_SIZES; 0 is a whole channel, or
             what comes nearest to it where the target's kernels know blocks only.
+        convert_io: of fp16 and bf16: whether the graph's own inputs and outputs become halves too.
     """
 
     precision: str
@@ -46,6 +47,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     group_size: int = 0
+    convert_io: bool = False
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():

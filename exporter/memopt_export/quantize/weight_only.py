@@ -178,7 +178,7 @@ def _has_kernel(node: onnx.NodeProto) -> bool:
 def _is_plain(gemm: onnx.NodeProto) -> bool:
     """Whether it is a product and a sum, without factors or a transposed input."""
     factors = [attribute(gemm, name, default) for name, default in (("transA", 0), ("alpha", 1.0), ("beta", 1.0))]
-    return bool(factors == [0, 1, 1])
+    return factors == [0, 1, 1]
 
 
 def _power_of_two(columns: int) -> int:
@@ -208,10 +208,10 @@ def _dequantized(node: onnx.NodeProto, weight: onnx.TensorProto, columns: int, r
 
 def _saves(form: Form, weight: onnx.TensorProto, place: Place) -> bool:
     elements, columns = int(np.prod(weight.dims)), weight.dims[place.inputs]
-    if elements == 0:
+    if not elements:
         return False
     blocks = weight.dims[place.channels] if form.block is None else elements // columns * -(-columns // form.block)
-    return elements * form.bits // 8 + blocks * 5 + _NODE_BYTES < elements * 4
+    return bool(elements * form.bits // 8 + blocks * 5 + _NODE_BYTES < elements * 4)
 
 
 def _kept_float(graph: Graph, layers: list[_Layer]) -> tuple[str, ...]:
