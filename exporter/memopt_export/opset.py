@@ -39,5 +39,22 @@ def at_least_opset(graph: Graph, opset: int) -> Graph:
             f"the graph has opset {current}, {opset} is needed, and onnx cannot convert it: {first_line(error)}",
             hint=f"export it again with opset {opset} or newer",
         ) from error
+    raise_ir_version(model)
     del model.graph.value_info[:]  # types as they were, which a method may be about to change
     return graph.with_model(model)
+
+
+def import_domain(model: onnx.ModelProto, domain: str) -> None:
+    """Declares the operators of a domain other than ONNX's own, in its first version. In place."""
+    from onnx import helper
+
+    if not any(entry.domain == domain for entry in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(domain, 1))
+
+
+def raise_ir_version(model: onnx.ModelProto) -> None:
+    """The IR version that the opset asks for, where the model's is older. In place."""
+    from onnx import helper
+
+    standard = [helper.make_opsetid("", opset_of(model))]
+    model.ir_version = max(model.ir_version, helper.find_min_ir_version_for(standard))

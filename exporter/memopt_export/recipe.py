@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from memopt.errors import UsageError
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-weights", "int4-weights")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights")
 TARGETS = ("cpu", "tensorrt")
 CALIBRATIONS = ("mse", "minmax", "percentile", "entropy")
 CORRECTIONS = ("gptq", "bias", "none")
 # Precisions whose graph depends on the target.
-_TARGETED = frozenset({"int8", "int8-weights", "int4-weights"})
+_TARGETED = frozenset({"int8", "int8-dynamic", "int8-weights", "int4-weights"})
 # Weights that may share a scale; 0: a whole channel.
 GROUP_SIZES = (0, 16, 32, 64, 128, 256)
 # Precisions for which a recipe known by name alone has groups: 4 bits are too few for a whole channel.
@@ -53,6 +53,10 @@ class Recipe:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} {getattr(self, name)!r} is not known", hint="one of " + ", ".join(known))
+        if self.precision == "int8-dynamic" and self.target != "cpu":
+            raise UsageError(
+                f"int8-dynamic has no form for {self.target}", hint="--target cpu, or --precision int8-weights"
+            )
         if not 50 <= self.percentile <= 100:
             raise UsageError(f"percentile is {self.percentile:g}", hint="50 to 100, such as 99.999")
         if self.group_size not in GROUP_SIZES:

@@ -15,7 +15,7 @@ from memopt.tensors import Array
 from memopt_export.blocks import Grid, fit, pack4, round_to_nearest
 from memopt_export.graph import Graph, Wiring, attribute, label, wire
 from memopt_export.means import UNLIMITED, Means
-from memopt_export.opset import BLOCKWISE, PER_CHANNEL, at_least_opset, opset_of
+from memopt_export.opset import BLOCKWISE, PER_CHANNEL, at_least_opset, import_domain, raise_ir_version
 from memopt_export.quantize.quantized import Quantized
 from memopt_export.recipe import Recipe
 from memopt_export.simplify import drop_unused_initializers
@@ -260,7 +260,9 @@ class _Conversion:
         self.model.graph.node.extend([*self.dequantizers.values(), *self.nodes])
         self.model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in self.arrays.items())
         drop_unused_initializers(self.model)
-        _import_domains(self.model)
+        raise_ir_version(self.model)  # an old one may go with an opset that has 4-bit integers
+        if any(node.domain == _MICROSOFT for node in self.nodes):
+            import_domain(self.model, _MICROSOFT)
 
     def _quantize(self, node: onnx.NodeProto, layer: _Layer) -> None:
         """Stores the weight and makes the node read it."""
@@ -321,17 +323,6 @@ def _set(node: onnx.NodeProto, settings: dict[str, int]) -> None:
     from onnx import helper
 
     node.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(settings.items()))
-
-
-def _import_domains(model: onnx.ModelProto) -> None:
-    """Declares ONNX Runtime's operators where there are any, and the IR version that the opset asks for."""
-    from onnx import helper
-
-    own = any(node.domain == _MICROSOFT for node in model.graph.node)
-    if own and not any(entry.domain == _MICROSOFT for entry in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(_MICROSOFT, 1))
-    standard = [helper.make_opsetid("", opset_of(model))]
-    model.ir_version = max(model.ir_version, helper.find_min_ir_version_for(standard))
 
 
 # --- what is stored, by suffix of its name
