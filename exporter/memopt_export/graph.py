@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +19,7 @@ from memopt.files import write_atomically
 from memopt.ort_runtime import library_errors
 from memopt.strict_json import from_json
 from memopt.tensors import DTYPE_BITS, Array, TensorSpec, nbytes
+from memopt_export.bodies import bodies, captured, inner_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -177,9 +178,16 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
+# The slot of a read that happens in a node's subgraphs: the tensor has to be there under its own name.
+CAPTURED = -1
+
+
 @dataclass(frozen=True)
 class Wiring:
-    """Who writes and who reads each tensor of a model; nodes by their index, reads as (node, input slot)."""
+    """Who writes and who reads each tensor of a model; nodes by their index, reads as (node, input slot).
+
+    What the subgraphs of a node read from around it (If, Loop, Scan) counts as one read by the node, in slot CAPTURED.
+    """
 
     nodes: tuple[onnx.NodeProto, ...]
     writer: dict[str, int]
@@ -209,6 +217,8 @@ def wire(model: onnx.ModelProto) -> Wiring:
         for slot, name in enumerate(node.input):
             if name:
                 readers.setdefault(name, []).append((index, slot))
+        for name in captured(node):
+            readers.setdefault(name, []).append((index, CAPTURED))
     return Wiring(
         tuple(model.graph.node),
         writer,
@@ -216,6 +226,17 @@ def wire(model: onnx.ModelProto) -> Wiring:
         {tensor.name: tensor for tensor in model.graph.initializer},
         frozenset(value.name for value in model.graph.output),
     )
+
+
+_QUANTIZED_OPERATORS = frozenset({
+    "QuantizeLinear", "DequantizeLinear", "MatMulNBits", "MatMulInteger", "ConvInteger", "MatMulIntegerToFloat",
+    "QGemm", "GatherBlockQuantized", "MatMulBnb4", "QAttention",
+})  # fmt: skip
+
+
+def inner_layers(model: onnx.ModelProto, operators: Container[str]) -> tuple[str, ...]:
+    """The names of such nodes inside If, Loop and Scan, which no method changes."""
+    return tuple(label(node) for node in inner_nodes(model) if node.op_type in operators)
 
 
 def has_subgraph(node: onnx.NodeProto) -> bool:
@@ -231,12 +252,11 @@ def refuse_subgraphs(graph: Graph, verb: str) -> None:
 
 
 def is_quantized(model: onnx.ModelProto) -> bool:
-    """Whether any node already works on quantized values."""
+    """Whether any node already works on quantized values, subgraphs and functions included."""
     return any(
-        node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulNBits")
-        or node.op_type.startswith("QLinear")
-        or node.op_type.endswith("Integer")
-        for node in model.graph.node
+        node.op_type in _QUANTIZED_OPERATORS or node.op_type.startswith(("QLinear", "DynamicQuantize"))
+        for body in bodies(model)
+        for node in body.graph.node
     )
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.tensors import Array
-from memopt_export.graph import FREE_DIMENSION, Graph, Wiring, attribute, has_subgraph, wire
+from memopt_export.bodies import captured, rename_captured
+from memopt_export.graph import FREE_DIMENSION, Graph, Wiring, attribute, wire
 
 if TYPE_CHECKING:
     import onnx
@@ -28,24 +29,24 @@ def simplify(graph: Graph) -> Graph:
     4. A BatchNorm right behind a convolution is folded into it (the only step that rounds).
     5. Weights are stored raw and once; unused ones are dropped.
 
-    A graph with If, Loop or Scan gets 1 and 2 alone: its subgraphs may read any name.
+    What happens inside If, Loop and Scan only loses its notes; what is read there from around them stays.
     """
     model = _inline_functions(graph.copy_model())
     _strip_notes(model)
     _name_the_batch(model)
-    if not any(has_subgraph(node) for node in model.graph.node):
-        _constants_to_initializers(model)
-        _drop_idle_nodes(model)
-        _fold_batch_norms(model)
-        drop_unused_initializers(model)
-        _store_raw(model)
-        merge_equal_initializers(model)
+    _constants_to_initializers(model)
+    _drop_idle_nodes(model)
+    _fold_batch_norms(model)
+    drop_unused_initializers(model)
+    _store_raw(model)
+    merge_equal_initializers(model)
     return graph.with_model(model)
 
 
 def drop_unused_initializers(model: onnx.ModelProto) -> None:
-    """Deletes the initializers that no node reads and no output returns. In place."""
-    used = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
+    """Deletes the initializers that no node reads, within itself or not, and no output returns. In place."""
+    used = {name for node in model.graph.node for name in (*node.input, *captured(node))}
+    used |= {value.name for value in model.graph.output}
     _keep(model.graph.initializer, lambda tensor: tensor.name in used)
 
 
@@ -211,6 +212,7 @@ def _rename_reads(model: onnx.ModelProto, renamed: dict[str, str]) -> None:
     for node in model.graph.node:
         for slot, name in enumerate(node.input):
             node.input[slot] = renamed.get(name, name)
+        rename_captured(node, renamed)
 
 
 def _keep(field: Any, wanted: Callable[[Any], bool]) -> None:

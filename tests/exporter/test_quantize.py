@@ -235,13 +235,6 @@ def test_fp32_is_no_quantization(graph, samples):
         quantize(graph, Recipe("fp32"), samples)
 
 
-def test_a_subgraph_is_refused(net, recipe, samples):
-    drawn = net(3)
-    drawn.choice()
-    with pytest.raises(InputRefused, match="quantize handles straight graphs only; 'choice' is a If"):
-        quantize(drawn.graph(), recipe, samples)
-
-
 # --- int8
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from memopt.errors import InputRefused, UsageError
-from memopt_export.graph import Graph, is_quantized, label, refuse_subgraphs
+from memopt_export.graph import Graph, is_quantized, label
 from memopt_export.means import UNLIMITED, Means, Step
 from memopt_export.quantize import dynamic_int8, half, static_int8, weight_only
 from memopt_export.quantize.quantized import Quantized
@@ -40,12 +40,11 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | None, means: Means
 
     Raises:
         UsageError: the recipe has no method, needs samples, or excludes or includes what is not there.
-        InputRefused: the graph is not float32, has subgraphs, or nothing in it can be quantized.
+        InputRefused: the graph is not float32, or nothing in it can be quantized.
     """
     if recipe.precision not in METHODS:
         raise UsageError(f"{recipe.precision} is not made by quantizing", hint="--precision " + "|".join(METHODS))
     _refuse_quantized(graph)
-    refuse_subgraphs(graph, "quantize")
     graph = simplify(graph)
     _refuse_unknown(graph, recipe)
     return METHODS[recipe.precision](graph, recipe, samples, means)

@@ -11,7 +11,7 @@ from memopt.errors import InputRefused
 from memopt.sizes import show_size
 from memopt.tensors import Array
 from memopt_export.affine import SMALLEST_SCALE
-from memopt_export.graph import Graph, Wiring, attribute, label, wire
+from memopt_export.graph import Graph, Wiring, attribute, inner_layers, label, wire
 from memopt_export.means import UNLIMITED, Means
 from memopt_export.opset import at_least_opset, import_domain
 from memopt_export.qdq import fused_counts
@@ -60,10 +60,11 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | None = None, means
             "the graph has no MatMul, Gemm or LSTM that int8-dynamic could serve", hint="--precision int8 --data SPEC"
         )
     weighted = [index for index, node in enumerate(wiring.nodes) if _has_weights(node, wiring)]
-    kept = tuple(label(wiring.nodes[index]) for index in weighted if index not in layers)
+    inner = inner_layers(model, _WEIGHTS)
+    kept = tuple(label(wiring.nodes[index]) for index in weighted if index not in layers) + inner
     _Conversion(model, wiring, 2 ** (recipe.weight_bits - 1) - 1).run(layers, means)
     result = raised.with_model(model, precision=recipe.name)
-    fused = fused_counts(result.data)[0], len(weighted)
+    fused = fused_counts(result.data)[0], len(weighted) + len(inner)
     return Quantized(result, None, fused, kept, _notes(graph, result))
 
 

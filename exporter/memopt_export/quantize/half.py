@@ -11,10 +11,11 @@ import numpy as np
 from memopt.errors import InputRefused
 from memopt.sizes import show_size
 from memopt.tensors import Array
+from memopt_export.bodies import captured, rename_captured, subgraphs
 from memopt_export.calibrate import Ranges, calibrate
-from memopt_export.graph import Graph, Wiring, label, refuse_subgraphs, wire
+from memopt_export.graph import Graph, Wiring, inner_layers, label, wire
 from memopt_export.means import UNLIMITED, Means
-from memopt_export.opset import at_least_opset
+from memopt_export.opset import OWN, at_least_opset, opset_of, without_weights
 from memopt_export.quantize.quantized import Quantized
 from memopt_export.recipe import Recipe
 
@@ -97,6 +98,8 @@ FORMATS = {
 # What turns a little into a lot, or the other way: behind an epsilon, they decide what it was there for.
 _SENSITIVE = frozenset({"Sqrt", "Pow", "Max", "Clip", "Abs", "Reciprocal", "Div", "Log"})
 _LAST_SENSITIVE = frozenset({"Reciprocal", "Div", "Log"})
+# Operators that have weights, to be named where they are inside a subgraph.
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN"})
 # What moves values from one to the other.
 _MOVING = frozenset({"Expand", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Identity"})
 # Their type is an attribute, with float32 where it is absent, and no runtime has them in float16.
@@ -118,14 +121,14 @@ def convert(
     4. it reads or writes a tensor that on the samples goes beyond `Format.safe`, or never rises to `Format.smallest`.
        Without samples nobody knows (ranges is None), and ONNX Runtime on a CPU does not show it either: it computes
        fp16 in float32 there, where a GPU gets infinity or zero; see `emulated`.
-    A single input whose type is fixed, such as the scales of a Resize, stays float32 by itself. Sums inside a node are
+    A single input whose type is fixed, such as the scales of a Resize, stays float32 by itself, and so do If, Loop and
+    Scan with all that happens in them. Sums inside a node are
     not seen. With `recipe.convert_io` there are no Casts at the ends: inputs and outputs change their type.
 
     Raises:
-        InputRefused: an operator is not ONNX's own, so nobody knows which types it takes; the graph has subgraphs; or
-            the samples do not fit it or make NaN in it.
+        InputRefused: an operator is not ONNX's own, so nobody knows which types it takes; or the samples do
+            not fit it or make NaN in it.
     """
-    refuse_subgraphs(graph, "quantize")
     form = FORMATS[recipe.precision]
     original, graph = graph, at_least_opset(graph, form.opset)
     model = graph.copy_model()
@@ -152,7 +155,7 @@ def convert(
     )
     _Conversion(model, wiring, floats, allowed, kept, form, recipe.convert_io).run()
     result = graph.with_model(model, precision=recipe.name)
-    names = tuple(label(wiring.nodes[index]) for index in sorted(kept))
+    names = tuple(label(wiring.nodes[index]) for index in sorted(kept)) + inner_layers(model, _WEIGHTED)
     return Quantized(result, ranges, None, names, _notes(original, result, form))
 
 
@@ -168,7 +171,7 @@ def _float_tensors(model: onnx.ModelProto) -> frozenset[str]:
     """The names of all float32 tensors."""
     from onnx import TensorProto, shape_inference
 
-    graph = shape_inference.infer_shapes(model).graph
+    graph = shape_inference.infer_shapes(without_weights(model)[0]).graph
     values = [value for part in (graph.input, graph.output, graph.value_info) for value in part]
     return frozenset(value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT) | {
         tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT
@@ -190,10 +193,13 @@ class _Allowed:
 
     @classmethod
     def of(cls, node: onnx.NodeProto, model: onnx.ModelProto, form: Format) -> _Allowed:
-        """Read from ONNX's own schema of the operator, in the model's opset."""
+        """Read from ONNX's own schema of the operator, in the model's opset; nothing where it has subgraphs."""
         from onnx import defs
 
-        version = next((entry.version for entry in model.opset_import if entry.domain == node.domain), 1)
+        if any(subgraphs(node)):
+            return cls((False,), (False,))
+        versions = {entry.domain: entry.version for entry in model.opset_import} | dict.fromkeys(OWN, opset_of(model))
+        version = versions.get(node.domain, 1)
         try:
             schema = defs.get_schema(node.op_type, version, node.domain)
         except defs.SchemaError as error:
@@ -305,6 +311,8 @@ class _Conversion:
 
     def _convert(self, index: int, node: onnx.NodeProto) -> None:
         float_only = index in self.kept
+        outer = {name: self._read(name, half=False) for name in captured(node) if name in self.floats}
+        rename_captured(node, outer)
         for slot, name in enumerate(node.input):
             if name in self.floats:
                 node.input[slot] = self._read(name, half=not float_only and self.allowed[index].input(slot))

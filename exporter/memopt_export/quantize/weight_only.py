@@ -13,7 +13,7 @@ from memopt.errors import InputRefused
 from memopt.sizes import show_size
 from memopt.tensors import Array
 from memopt_export.blocks import Grid, fit, pack4, round_to_nearest
-from memopt_export.graph import Graph, Wiring, attribute, label, wire
+from memopt_export.graph import Graph, Wiring, attribute, inner_layers, label, wire
 from memopt_export.means import UNLIMITED, Means
 from memopt_export.opset import BLOCKWISE, PER_CHANNEL, at_least_opset, import_domain, raise_ir_version
 from memopt_export.quantize.quantized import Quantized
@@ -217,9 +217,8 @@ def _saves(form: Form, weight: onnx.TensorProto, place: Place) -> bool:
 def _kept_float(graph: Graph, layers: list[_Layer]) -> tuple[str, ...]:
     """The nodes with weights that none of the layers changes."""
     wiring, changed = wire(graph.model), {layer.index for layer in layers}
-    return tuple(
-        label(node) for index, node in enumerate(wiring.nodes) if index not in changed and _places(node, wiring)
-    )
+    kept = [label(node) for index, node in enumerate(wiring.nodes) if index not in changed and _places(node, wiring)]
+    return (*kept, *inner_layers(graph.model, PLACES.keys() - {"Gather"}))
 
 
 # --- rewriting
