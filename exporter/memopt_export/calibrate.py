@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.errors import InputRefused
-from memopt.tensors import Array, check_feeds
-from memopt_export.graph import Graph, refuse_subgraphs
+from memopt.tensors import Array, TensorSpec, check_feeds
+from memopt_export.graph import Graph
 from memopt_export.means import Means
 
 if TYPE_CHECKING:
@@ -88,8 +88,9 @@ def collect_ranges(
     lows, highs = np.full(len(tensors), np.inf), np.full(len(tensors), -np.inf)
     samples = 0
     for batch in batches:
-        check_feeds(graph.inputs, batch)
-        seen = np.array(session.run(None, dict(batch)), np.float64).reshape(-1, len(_WATCHES))  # (tensors, 3)
+        feeds = share_scalars(graph.inputs, batch)
+        check_feeds(graph.inputs, feeds)
+        seen = np.array(session.run(None, feeds), np.float64).reshape(-1, len(_WATCHES))  # (tensors, 3)
         _refuse_not_finite(tensors, seen, allow_infinity=allow_infinity)
         lows, highs = np.minimum(lows, seen[:, 0]), np.maximum(highs, seen[:, 1])
         samples += len(batch[graph.inputs[0].name])
@@ -99,6 +100,22 @@ def collect_ranges(
         raise InputRefused(f"{source} gave no samples; calibration data is never invented", hint="--data SPEC")
     bounds = {name: (float(low), float(high)) for name, low, high in zip(tensors, lows, highs, strict=True)}
     return Ranges(bounds, samples, source, fingerprint)
+
+
+def share_scalars(inputs: Sequence[TensorSpec], batch: Mapping[str, Array]) -> dict[str, Array]:
+    """The batch as a graph takes it: a scalar input, which has no place for samples, gets the one value of them all.
+
+    Raises:
+        InputRefused: they do not agree on it.
+    """
+    scalars = {spec.name for spec in inputs if not spec.shape}
+    for name in scalars & batch.keys():
+        if np.unique(batch[name]).size > 1:
+            raise InputRefused(
+                f"input {name!r} is one number for all samples of a run, and the samples have several",
+                hint="--data with the samples of one value",
+            )
+    return {name: np.asarray(array.reshape(-1)[0]) if name in scalars else array for name, array in batch.items()}
 
 
 def merge(first: Ranges, second: Ranges) -> Ranges:
@@ -129,7 +146,6 @@ def _watching_session(graph: Graph, tensors: Sequence[str]) -> Any:
     """A session that returns the watches alone; unoptimized, so that every tensor exists, and no arena keeps any."""
     import onnxruntime as ort
 
-    refuse_subgraphs(graph, "calibrate")
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False
