@@ -615,6 +615,14 @@ def test_converted_ends_reach_nodes_that_stay_float(net, run):
     np.testing.assert_allclose(run(result.graph, x), 25000, rtol=1e-3)
 
 
+def test_fp16_keeps_a_transpose_float_with_which_onnxruntime_would_crash(net, samples_of, run):
+    """As halves, the process dies of SIGSEGV when it opens the graph; so there is no case without."""
+    drawn = net(6, 32)
+    drawn.op("Transpose", "x", perm=[1, 0, 2], name="steps")
+    drawn.op("MatMul", drawn.last, drawn.weight("w", 32, 16), name="head")
+    assert converted(drawn, samples_of, run).kept_float == ("steps",)
+
+
 def test_fp16_refuses_an_operator_of_unknown_types(graph, samples):
     model = graph.copy_model()
     model.graph.node[1].domain = "own"

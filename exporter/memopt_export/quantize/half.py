@@ -13,7 +13,7 @@ from memopt.sizes import show_size
 from memopt.tensors import Array
 from memopt_export.bodies import captured, rename_captured, subgraphs
 from memopt_export.calibrate import Ranges, calibrate
-from memopt_export.graph import Graph, Wiring, inner_layers, label, wire
+from memopt_export.graph import Graph, Wiring, attribute, inner_layers, label, wire
 from memopt_export.means import UNLIMITED, Means
 from memopt_export.opset import OWN, at_least_opset, opset_of, without_weights
 from memopt_export.quantize.quantized import Quantized
@@ -121,6 +121,8 @@ def convert(
     4. it reads or writes a tensor that on the samples goes beyond `Format.safe`, or never rises to `Format.smallest`.
        Without samples nobody knows (ranges is None), and ONNX Runtime on a CPU does not show it either: it computes
        fp16 in float32 there, where a GPU gets infinity or zero; see `emulated`.
+    5. in fp16, it is a Transpose for a MatMul that moves the first axis and not the last: ONNX Runtime crashes when it
+       opens one as halves. https://github.com/microsoft/onnxruntime/issues/28392
     A single input whose type is fixed, such as the scales of a Resize, stays float32 by itself, and so do If, Loop and
     Scan with all that happens in them. Sums inside a node are
     not seen. With `recipe.convert_io` there are no Casts at the ends: inputs and outputs change their type.
@@ -151,6 +153,7 @@ def convert(
             or not recipe.includes(label(node), node.op_type)
             or allowed[index].never_half(node, floats)
             or not unsafe.isdisjoint((*node.input, *node.output))
+            or (form.dtype == "float16" and _crashes(node, wiring))
         }
     )
     _Conversion(model, wiring, floats, allowed, kept, form, recipe.convert_io).run()
@@ -241,6 +244,14 @@ def _constants(node: onnx.NodeProto, wiring: Wiring) -> list[Array]:
     tensors = [wiring.initializers[name] for name in node.input if name in wiring.initializers]
     tensors += [part.t for part in node.attribute if part.HasField("t")]
     return [numpy_helper.to_array(tensor) for tensor in tensors if tensor.data_type == TensorProto.FLOAT]
+
+
+def _crashes(node: onnx.NodeProto, wiring: Wiring) -> bool:
+    """Case 5."""
+    perm = list(attribute(node, "perm", ())) if node.op_type == "Transpose" else []
+    if len(perm) < 3 or perm[0] == 0 or perm[-1] != len(perm) - 1:
+        return False
+    return any(wiring.nodes[reader].op_type == "MatMul" for reader, _ in wiring.readers.get(node.output[0], ()))
 
 
 def _behind_epsilons(lossy: Collection[int], wiring: Wiring, form: Format) -> set[int]:
