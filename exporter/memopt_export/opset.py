@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from memopt.errors import InputRefused, first_line
-from memopt_export.graph import Graph, has_subgraph
+from memopt_export.graph import Graph, copy_fields, has_subgraph
 
 if TYPE_CHECKING:
     import onnx
@@ -67,8 +67,8 @@ def without_weights(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, 
         if math.prod(tensor.dims) > _SMALL and tensor.data_type != TensorProto.STRING
     }
     light = ModelProto()
-    _copy_fields(model, light, without="graph")
-    _copy_fields(model.graph, light.graph, without="initializer")
+    copy_fields(model, light, without="graph")
+    copy_fields(model.graph, light.graph, without="initializer")
     light.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name not in heavy)
     inputs = {value.name for value in light.graph.input}
     light.graph.input.extend(
@@ -101,17 +101,3 @@ def raise_ir_version(model: onnx.ModelProto) -> None:
 
     standard = [helper.make_opsetid("", opset_of(model))]
     model.ir_version = max(model.ir_version, helper.find_min_ir_version_for(standard))
-
-
-def _copy_fields(
-    source: onnx.ModelProto | onnx.GraphProto, target: onnx.ModelProto | onnx.GraphProto, *, without: str
-) -> None:
-    for field, value in source.ListFields():
-        if field.name == without:
-            continue
-        if field.type != field.TYPE_MESSAGE:
-            setattr(target, field.name, value)
-        elif field.is_repeated:
-            getattr(target, field.name).MergeFrom(value)
-        else:
-            getattr(target, field.name).CopyFrom(value)
