@@ -5,7 +5,7 @@ A weight is looked at as rows (rows, columns), its columns counting inputs. Arit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,10 +52,6 @@ class Grid:
         columns = integers.shape[1]
         zero_point = self.spread(self.zero_point, columns).astype(np.float32)
         return (integers.astype(np.float32) - zero_point) * self.spread(self.scale, columns)
-
-
-# How the integers follow from rows and their grid.
-Rounding = Callable[[Array, Grid], Array]
 
 
 def fit(rows: Array, *, bits: int, block: int, symmetric: bool | None = None) -> Grid:

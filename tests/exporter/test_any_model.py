@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from memopt.accuracy import sqnr_db
+from memopt.errors import InputRefused
 from memopt_export.graph import Graph, wire
 from memopt_export.quantize import half, quantize
 from memopt_export.recipe import parse
@@ -157,6 +158,20 @@ def test_a_loop_and_a_scan_are_carried_along(recipe):
     result = check(model(nodes, *ends, arrays), recipe, {"x": RNG.normal(size=(12, 64)).astype(np.float32)})
     assert [node.op_type for node in result.graph.model.graph.node if node.name in ("loop", "scan")] == ["Loop", "Scan"]
     assert not {"first", "second"} & set(result.kept_float)
+
+
+@pytest.mark.parametrize("name", ["int8-weights", "int4-weights", "int8-dynamic"])
+def test_a_graph_whose_layers_all_lie_inside_is_refused_with_the_reason(name):
+    branches = {
+        f"{side}_branch": branch(
+            side, [helper.make_node("MatMul", ["x", "w"], [side])], side, ["batch", 64], {"w": array(64, 64)}
+        )
+        for side in ("then", "else")
+    }
+    ends = [value("x", TensorProto.FLOAT, ["batch", 64])], [value("y", TensorProto.FLOAT, ["batch", 64])]
+    graph = model([helper.make_node("If", ["yes"], ["y"], **branches)], *ends, {"yes": np.asarray(True)})
+    with pytest.raises(InputRefused, match="2 layers lie inside If, Loop or Scan, where all stays float"):
+        quantize(graph, parse(name), None)
 
 
 # --- weights

@@ -56,8 +56,11 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | None = None, means
         and _has_kernel(node, wiring)
     }
     if not layers:
+        inner = inner_layers(model, _WEIGHTS)
+        inside = f": {len(inner)} layers lie inside If, Loop or Scan, where all stays float" if inner else ""
         raise InputRefused(
-            "the graph has no MatMul, Gemm or LSTM that int8-dynamic could serve", hint="--precision int8 --data SPEC"
+            f"the graph has no MatMul, Gemm or LSTM that int8-dynamic could serve{inside}",
+            hint="--precision int8 --data SPEC",
         )
     weighted = [index for index, node in enumerate(wiring.nodes) if _has_weights(node, wiring)]
     inner = inner_layers(model, _WEIGHTS)

@@ -66,7 +66,9 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | None = None, means
     """
     layers = _layers(graph, recipe)
     if not layers:
-        raise InputRefused(f"the graph has no weights that {recipe.precision} could make smaller")
+        inner = inner_layers(graph.model, PLACES)
+        inside = f": {len(inner)} layers lie inside If, Loop or Scan, where all stays float" if inner else ""
+        raise InputRefused(f"the graph has no weights that {recipe.precision} could make smaller{inside}")
     raised = at_least_opset(graph, max(layer.form.opset for layer in layers))
     layers = _layers(raised, recipe)
     model = raised.copy_model()
