@@ -336,7 +336,7 @@ def test_tensorrt_keeps_integers_in_its_engine(net, build_engine):
     assert fp32 - int4 > 3 * weights
 
 
-def test_tensorrt_gets_whole_blocks_only(net, precision, samples_of, run):
+def test_tensorrt_gets_whole_blocks_only_and_of_4_bits_alone(net, precision, samples_of, run):
     """Of others its parser refuses some, and takes the rest for blocks of another size."""
     drawn = net(200)
     drawn.op("MatMul", "x", drawn.weight("w1", 200, 48), name="eights")
@@ -344,7 +344,16 @@ def test_tensorrt_gets_whole_blocks_only(net, precision, samples_of, run):
     result, _ = closeness(drawn, Recipe(precision, "tensorrt", group_size=32), samples_of, run)
     eights, sixteens = nodes(result.graph, "DequantizeLinear")
     assert settings(eights) == {"axis": 1}
-    assert settings(sixteens) == {"axis": 0, "block_size": 16}
+    assert settings(sixteens) == ({"axis": 0, "block_size": 16} if precision == "int4-weights" else {"axis": 1})
+
+
+def test_tensorrt_keeps_a_convolution_s_integers_too(net, build_engine):
+    drawn = net(128, 8, 8)
+    drawn.conv(256)
+    drawn.conv(256)
+    graph, weights = drawn.graph(), 9 * (128 * 256 + 256 * 256)
+    fp32 = build_engine(graph)
+    assert fp32 - build_engine(quantize(graph, parse("int8-weights-tensorrt"), None).graph) > 2.5 * weights
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)

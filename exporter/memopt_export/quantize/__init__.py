@@ -30,12 +30,13 @@ METHODS: dict[str, Callable[..., Quantized]] = {
 
 
 def quantize(graph: Graph, recipe: Recipe, samples: Samples | None, means: Means = UNLIMITED) -> Quantized:
-    """The graph in the recipe's precision, named after the recipe; inputs and outputs stay as they are.
+    """The graph in the recipe's precision, named after it; inputs and outputs stay, unless it converts them.
 
     Args:
         graph: a float32 graph; it is left untouched, and simplified first.
         recipe: what to make of it.
-        samples: what to calibrate on. fp16 does without, but then an overflow is not seen.
+        samples: what to calibrate on. fp16 and bf16 do without, but then what leaves their range is not seen; weights
+            alone and int8-dynamic need none.
         means: what the quantization may use, and whom to tell.
 
     Raises:

@@ -392,9 +392,10 @@ def emulated(graph: Graph) -> Graph:
     from onnx import TensorProto, helper, numpy_helper, shape_inference
 
     halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    model = shape_inference.infer_shapes(graph.model)
-    values = (*model.graph.input, *model.graph.output, *model.graph.value_info)
+    inferred = shape_inference.infer_shapes(without_weights(graph.model)[0]).graph
+    values = (*inferred.input, *inferred.output, *inferred.value_info)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
+    model = graph.copy_model()
     for tensor in model.graph.initializer:
         if tensor.data_type in halves:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))

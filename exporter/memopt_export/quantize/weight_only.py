@@ -55,9 +55,9 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | None = None, means
     3. All else: DequantizeLinear before the node, one scale for each block along the inputs, or for each channel.
        On "tensorrt" zero points are 0, and a bias is added behind its Gemm: within it, the engine keeps weights float.
 
-    Channels with fewer inputs than a block, and for TensorRT convolutions, where it knows no blocks, get one scale
-    each; 4 bits are too few for that and they get 8, unless `recipe.group_size` is 0, which asks for it. A weight
-    that would save nothing stays float.
+    Channels with fewer inputs than a block get one scale each, and so do for TensorRT all of 8 bits, whose blocks it
+    would keep in float32, and those of convolutions, where it knows none; 4 bits are too few for a whole channel and
+    become 8, unless `recipe.group_size` is 0, which asks for it. A weight that would save nothing stays float.
 
     Weights are not rounded to the widest value of a block, but where its squared error is least.
 
@@ -194,7 +194,7 @@ def _dequantized(node: onnx.NodeProto, weight: onnx.TensorProto, columns: int, r
     block: int | None = recipe.group_size or None
     if signed and bits == 4:
         block = min(block or _LARGEST_BLOCK, _LARGEST_BLOCK)
-    knows_blocks = node.op_type in ("MatMul", "Gemm", "Gather")
+    knows_blocks = bits == 4 and node.op_type in ("MatMul", "Gemm", "Gather")  # an engine has blocks of 8 bits in float
     if signed and not knows_blocks:
         block = None
     if block is not None and signed:
