@@ -111,7 +111,7 @@ class Graph:
 
 
 def load_graph(path: Path, *, checked: bool = False) -> Graph:
-    """The graph in an .onnx file, external data included. A foreign one gets the digest of its initializers.
+    """The graph in an .onnx file, external data included. A foreign one gets the digest of all tensors that it stores.
 
     Args:
         path: an .onnx file.
@@ -127,7 +127,7 @@ def load_graph(path: Path, *, checked: bool = False) -> Graph:
     model = preflight.parse(path) if checked else preflight.check(path)
     preflight.load_external(model, path.parent)
     card = _read_card(model)
-    graph = Graph(model, card.weights or _digest_of_initializers(model), card.precision or _guess_precision(model))
+    graph = Graph(model, card.weights or _digest_of_tensors(model), card.precision or _guess_precision(model))
     _ = graph.inputs, graph.outputs  # refused here, when they are none that we know
     return graph
 
@@ -385,9 +385,11 @@ def _read_card(model: onnx.ModelProto) -> _Card:
         return _Card()
 
 
-def _digest_of_initializers(model: onnx.ModelProto) -> str:
+def _digest_of_tensors(model: onnx.ModelProto) -> str:
+    """Of all that the model stores: some exporters write every weight as a Constant node."""
     digest = hashlib.sha256()
-    for tensor in sorted(model.graph.initializer, key=lambda tensor: tensor.name):
+    tensors = [named for body in bodies(model) for named in body.tensors()]
+    for _, tensor in sorted(tensors, key=lambda named: named[0]):
         digest.update(tensor.SerializeToString(deterministic=True))
     return digest.hexdigest()
 

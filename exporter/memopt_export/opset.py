@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from memopt.errors import InputRefused, first_line
 from memopt_export.graph import Graph, copy_fields, has_subgraph
+from memopt_export.simplify import constants_to_initializers
 
 if TYPE_CHECKING:
     import onnx
@@ -50,6 +51,7 @@ def at_least_opset(graph: Graph, opset: int) -> Graph:
         ) from error
     raise_ir_version(model)
     del model.graph.value_info[:]  # types as they were, which a method may be about to change
+    constants_to_initializers(model)  # the converter writes axes and the like as nodes
     put_back(model, heavy)
     return graph.with_model(model)
 

@@ -34,13 +34,20 @@ def simplify(graph: Graph) -> Graph:
     model = _inline_functions(graph.copy_model())
     _strip_notes(model)
     _name_the_batch(model)
-    _constants_to_initializers(model)
+    constants_to_initializers(model)
     _drop_idle_nodes(model)
     _fold_batch_norms(model)
     drop_unused_initializers(model)
     _store_raw(model)
     merge_equal_initializers(model)
     return graph.with_model(model)
+
+
+def constants_to_initializers(model: onnx.ModelProto) -> None:
+    """Case 3: the values of Constant nodes under the names of their outputs. In place."""
+    constants = {node.output[0]: _constant(node) for node in model.graph.node if node.op_type == "Constant"}
+    model.graph.initializer.extend(tensor for tensor in constants.values() if tensor is not None)
+    _keep(model.graph.node, lambda node: constants.get(node.output[0]) is None)
 
 
 def drop_unused_initializers(model: onnx.ModelProto) -> None:
@@ -104,12 +111,6 @@ def _name_the_batch(model: onnx.ModelProto) -> None:
         for position, dim in enumerate(shape.dim):
             if dim.dim_param in random or (position == 0 and not dim.WhichOneof("value")):
                 dim.dim_param = FREE_DIMENSION
-
-
-def _constants_to_initializers(model: onnx.ModelProto) -> None:
-    constants = {node.output[0]: _constant(node) for node in model.graph.node if node.op_type == "Constant"}
-    model.graph.initializer.extend(tensor for tensor in constants.values() if tensor is not None)
-    _keep(model.graph.node, lambda node: constants.get(node.output[0]) is None)
 
 
 def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:

@@ -7,7 +7,7 @@ import pytest
 
 from memopt.accuracy import sqnr_db
 from memopt.errors import InputRefused
-from memopt_export.graph import Graph, wire
+from memopt_export.graph import Graph, load_graph, wire
 from memopt_export.quantize import half, quantize
 from memopt_export.recipe import parse
 from memopt_export.simplify import simplify
@@ -192,6 +192,17 @@ def test_weights_of_constant_nodes_are_quantized(recipe):
     assert result.kept_float == ()
 
 
+def test_models_that_differ_in_constant_nodes_alone_have_other_weights(tmp_path):
+    digests = set()
+    for gain in (1, 2):
+        weight = numpy_helper.from_array(np.full((8, 8), gain, np.float32))
+        nodes = [helper.make_node("Constant", [], ["w"], value=weight), helper.make_node("MatMul", ["x", "w"], ["y"])]
+        ends = [value("x", TensorProto.FLOAT, ["batch", 8])], [value("y", TensorProto.FLOAT, ["batch", 8])]
+        onnx.save(model(nodes, *ends, {}).model, tmp_path / f"{gain}.onnx")
+        digests.add(load_graph(tmp_path / f"{gain}.onnx").weights_sha256)
+    assert len(digests) == 2
+
+
 @pytest.mark.parametrize("excluded", [(), ("second",)])
 def test_weights_of_two_layers_serve_both(recipe, excluded):
     from dataclasses import replace
@@ -331,6 +342,7 @@ def test_every_opset(recipe, opset):
     graph = model(nodes, *ends, arrays, opset=opset, ir_version=4 if opset < 13 else 8)
     result = check(graph, recipe, {"x": RNG.normal(size=(8, 8, 8, 8)).astype(np.float32)})
     assert set(result.kept_float) <= {"conv"}
+    assert "Constant" not in {node.op_type for node in result.graph.model.graph.node}
 
 
 # --- what torch writes
