@@ -73,14 +73,15 @@ def symmetric_int8(minimum: float, maximum: float) -> Affine:
     return Affine(np.asarray(scale), np.asarray(0, np.int8))
 
 
-def symmetric_int8_channels(weight: Array, *, axis: int) -> Affine:
-    """For each channel of `weight` along `axis`, steps to its own largest magnitude; an all-zero one gets the smallest.
+def symmetric_int8_channels(weight: Array, *, axis: int, largest: int = 127) -> Affine:
+    """For each channel of `weight` along `axis`, `largest` steps to its own largest magnitude; an all-zero one gets the
+    smallest steps.
 
     >>> symmetric_int8_channels(np.float32([[127.0, -3.0], [0.0, 0.0]]), axis=0).scale.tolist()
     [1.0, 8.673617379884035e-19]
     """
     others = tuple(other for other in range(weight.ndim) if other != axis)
-    scale = np.maximum(np.abs(weight).max(axis=others).astype(np.float32) / np.float32(127), SMALLEST_SCALE)
+    scale = np.maximum(np.abs(weight).max(axis=others).astype(np.float32) / np.float32(largest), SMALLEST_SCALE)
     return Affine(scale, np.zeros(scale.shape, np.int8), axis)
 
 

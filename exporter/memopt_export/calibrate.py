@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from memopt.errors import InputRefused
-from memopt.tensors import Array, TensorSpec, check_feeds
-from memopt_export.graph import Graph
+from memopt.tensors import Array
+from memopt_export.graph import Graph, wire
+from memopt_export.histogram import AffineOf, Histogram, by_entropy, by_mse, by_percentile
 from memopt_export.means import Means
+from memopt_export.recipe import Recipe
+from memopt_export.walk import Walk
 
 if TYPE_CHECKING:
     import onnx
 
-    from memopt_models.data import Samples
+    from memopt_models.data import Batches, Pictures, Samples
+
+# A session holds weights as it parses them, as it packs them, and as they were given.
+WEIGHT_COPIES = 4
 
 # One mean tells of any NaN; ONNX Runtime's minimum and maximum skip a NaN that is not the first value they meet.
 _WATCHES = ("ReduceMin", "ReduceMax", "ReduceMean")
@@ -36,37 +44,55 @@ class Ranges:
 
 
 def calibrate(
-    graph: Graph,
-    tensors: Sequence[str],
-    samples: Samples,
-    means: Means,
-    *,
-    allow_infinity: bool = False,
+    graph: Graph, tensors: Sequence[str], samples: Samples | Pictures, means: Means, *, allow_infinity: bool = False
 ) -> Ranges:
     """The ranges of `tensors` on these samples, see `collect_ranges`.
 
     A graph of a fixed batch gets batches of that size; samples that do not fill the last one are left out.
     """
-    fixed = graph.fixed_batch
-    whole = len(samples) if fixed is None else len(samples) // fixed * fixed
+    batches = batches_for(graph, samples, means.batch_size)
     return collect_ranges(
         graph,
         tensors,
-        samples.pick(slice(whole)).batches(fixed or means.batch_size),
+        batches,
         source=samples.source,
         fingerprint=samples.fingerprint,
+        cuts=cuts(graph, means),
         allow_infinity=allow_infinity,
-        on_step=lambda done: means.tell("calibrate", done, whole),
+        on_step=lambda done: means.tell("calibrate", done, len(batches.samples)),
     )
+
+
+def batches_for(graph: Graph, samples: Samples | Pictures, batch_size: int) -> Batches:
+    """The samples in batches that the graph takes: of its own size where it is fixed, and then only whole ones."""
+    fixed = graph.fixed_batch
+    whole = samples if fixed is None else samples.pick(slice(len(samples) // fixed * fixed))
+    return whole.batches(fixed or batch_size)
+
+
+def cuts(graph: Graph, means: Means) -> tuple[int, ...]:
+    """Where to cut the graph, so that the weights of a piece take no more than a part of the memory there is."""
+    if means.memory_bytes is None:
+        return ()
+    allowance, held, found = means.memory_bytes // WEIGHT_COPIES // 4, 0, []
+    wiring = wire(graph.model)
+    for index, node in enumerate(wiring.nodes):
+        size = sum(wiring.initializers[name].ByteSize() for name in node.input if name in wiring.initializers)
+        if held and held + size > allowance:
+            found.append(index)
+            held = 0
+        held += size
+    return tuple(found)
 
 
 def collect_ranges(
     graph: Graph,
     tensors: Sequence[str],
-    batches: Iterable[Mapping[str, Array]],
+    batches: Sequence[Mapping[str, Array]],
     *,
     source: str,
     fingerprint: str,
+    cuts: Sequence[int] = (),
     allow_infinity: bool = False,
     on_step: Callable[[int], None] | None = None,
 ) -> Ranges:
@@ -75,47 +101,68 @@ def collect_ranges(
     Args:
         graph: a float32 graph.
         tensors: names of float32 tensors: inputs, outputs or anything between.
-        batches: feeds, one batch at a time; memory is that of the largest one.
+        batches: feeds; memory is that of the largest one.
         source: where the samples come from, to be told to people.
         fingerprint: digest of the samples.
+        cuts: nodes before which all batches wait in files, so that only the weights of one piece are held.
         allow_infinity: whether a bound may be infinite, as behind a mask of -inf; NaN never is one.
-        on_step: told the number of samples seen, after each batch.
+        on_step: told the number of samples seen, after each batch of the last piece.
 
     Raises:
         InputRefused: no samples, a batch that does not fit the inputs, NaN or infinity in a tensor.
     """
-    session = _watching_session(graph, tensors)
-    lows, highs = np.full(len(tensors), np.inf), np.full(len(tensors), -np.inf)
-    samples = 0
-    for batch in batches:
-        feeds = share_scalars(graph.inputs, batch)
-        check_feeds(graph.inputs, feeds)
-        seen = np.array(session.run(None, feeds), np.float64).reshape(-1, len(_WATCHES))  # (tensors, 3)
-        _refuse_not_finite(tensors, seen, allow_infinity=allow_infinity)
-        lows, highs = np.minimum(lows, seen[:, 0]), np.maximum(highs, seen[:, 1])
-        samples += len(batch[graph.inputs[0].name])
-        if on_step is not None:
-            on_step(samples)
-    if samples == 0:
+    lows, highs = dict.fromkeys(tensors, np.inf), dict.fromkeys(tensors, -np.inf)
+    if not len(batches):
         raise InputRefused(f"{source} gave no samples; calibration data is never invented", hint="--data SPEC")
-    bounds = {name: (float(low), float(high)) for name, low, high in zip(tensors, lows, highs, strict=True)}
-    return Ranges(bounds, samples, source, fingerprint)
+    model, places = _watched(graph, tensors)
+    with tempfile.TemporaryDirectory(prefix="memopt-") as folder:
+        walk = Walk(model, batches, Path(folder))
+        for stop in (*(places[cut] for cut in cuts), len(model.graph.node)):
+            own = [t for t in tensors if walk.position <= walk.writer(f"{t}.{_WATCHES[0]}") < stop]
+            samples = 0
+            for index, values in enumerate(walk.advance(stop, [f"{t}.{watch}" for t in own for watch in _WATCHES])):
+                seen = np.array(values, np.float64).reshape(-1, len(_WATCHES))  # (tensors, 3)
+                _refuse_not_finite(own, seen, allow_infinity=allow_infinity)
+                for tensor, (low, high, _) in zip(own, seen, strict=True):
+                    lows[tensor], highs[tensor] = min(lows[tensor], low), max(highs[tensor], high)
+                samples += len(batches[index][graph.inputs[0].name])
+                if on_step is not None and stop == len(model.graph.node):
+                    on_step(samples)
+    return Ranges({name: (float(lows[name]), float(highs[name])) for name in tensors}, samples, source, fingerprint)
 
 
-def share_scalars(inputs: Sequence[TensorSpec], batch: Mapping[str, Array]) -> dict[str, Array]:
-    """The batch as a graph takes it: a scalar input, which has no place for samples, gets the one value of them all.
+def count(
+    graph: Graph, ranges: Ranges, batches: Sequence[Mapping[str, Array]], *, cuts: Sequence[int] = ()
+) -> dict[str, Histogram]:
+    """How often each tensor takes which value within its range: the second pass over the batches.
 
-    Raises:
-        InputRefused: they do not agree on it.
+    Shards of one data set are counted within the ranges of the whole (`merge`), and add up (`Histogram.merged`).
     """
-    scalars = {spec.name for spec in inputs if not spec.shape}
-    for name in scalars & batch.keys():
-        if np.unique(batch[name]).size > 1:
-            raise InputRefused(
-                f"input {name!r} is one number for all samples of a run, and the samples have several",
-                hint="--data with the samples of one value",
-            )
-    return {name: np.asarray(array.reshape(-1)[0]) if name in scalars else array for name, array in batch.items()}
+    found = {name: Histogram.between(*bounds) for name, bounds in ranges.bounds.items()}
+    with tempfile.TemporaryDirectory(prefix="memopt-") as folder:
+        walk = Walk(graph.model, batches, Path(folder))
+        for stop in (*cuts, len(graph.model.graph.node)):
+            own = [name for name in found if walk.position <= max(walk.writer(name), 0) < stop]
+            for values in walk.advance(stop, own):
+                for name, value in zip(own, values, strict=True):
+                    found[name].count(value)
+    return found
+
+
+def narrow(ranges: Ranges, histograms: Mapping[str, Histogram], recipe: Recipe, affine_of: AffineOf) -> Ranges:
+    """The ranges that the recipe's calibration chooses within the bounds, for integers by `affine_of`."""
+    choose = METHODS[recipe.calibration]
+    bounds = {name: choose(histograms[name], ranges.bounds[name], recipe, affine_of) for name in ranges.bounds}
+    return replace(ranges, bounds=bounds)
+
+
+# Calibration -> the range within the bounds, from a histogram.
+METHODS: dict[str, Callable[[Histogram, tuple[float, float], Recipe, AffineOf], tuple[float, float]]] = {
+    "mse": lambda histogram, bounds, _, affine_of: by_mse(histogram, bounds, affine_of),
+    "minmax": lambda _histogram, bounds, _, _affine_of: bounds,
+    "percentile": lambda histogram, bounds, recipe, _: by_percentile(histogram, bounds, recipe.percentile),
+    "entropy": lambda histogram, bounds, _, affine_of: by_entropy(histogram, bounds, affine_of),
+}
 
 
 def merge(first: Ranges, second: Ranges) -> Ranges:
@@ -142,34 +189,31 @@ def merge(first: Ranges, second: Ranges) -> Ranges:
     )
 
 
-def _watching_session(graph: Graph, tensors: Sequence[str]) -> Any:
-    """A session that returns the watches alone; unoptimized, so that every tensor exists, and no arena keeps any."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    options.log_severity_level = 3
-    model = _watched(graph, tensors)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def _watched(graph: Graph, tensors: Sequence[str]) -> onnx.ModelProto:
-    """The model with each tensor's watches as its only outputs, in order."""
-    from onnx import TensorProto, helper
+def _watched(graph: Graph, tensors: Sequence[str]) -> tuple[onnx.ModelProto, list[int]]:
+    """The model with each tensor's watches behind the node that writes it, and where its own nodes are now."""
+    from onnx import helper
 
     model = graph.copy_model()
-    known = {spec.name for spec in graph.inputs} | {name for node in model.graph.node for name in node.output}
-    del model.graph.output[:]
+    nodes = list(graph.model.graph.node)
+    known = {spec.name for spec in graph.inputs} | {name for node in nodes for name in node.output}
     for tensor in tensors:
         if tensor not in known:
             raise InputRefused(f"the graph has no tensor {tensor!r} to calibrate")
-        for watch in _WATCHES:
-            output = f"{tensor}.{watch}"
-            model.graph.node.append(helper.make_node(watch, [tensor], [output], keepdims=0))
-            model.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
-    return model
+    wanted = set(tensors)
+
+    def watch(names: Iterable[str]) -> None:
+        for name in (name for name in names if name in wanted):
+            for op in _WATCHES:
+                model.graph.node.append(helper.make_node(op, [name], [f"{name}.{op}"], keepdims=0))
+
+    del model.graph.node[:]
+    watch(spec.name for spec in graph.inputs)
+    places = []
+    for node in nodes:
+        places.append(len(model.graph.node))
+        model.graph.node.append(node)
+        watch(node.output)
+    return model, places
 
 
 def _refuse_not_finite(tensors: Sequence[str], seen: Array, *, allow_infinity: bool) -> None:

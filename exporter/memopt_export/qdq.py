@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from memopt_export.affine import (
 )
 from memopt_export.calibrate import Ranges
 from memopt_export.graph import Graph, Wiring, attribute, wire
-from memopt_export.placement import Placement, has_weight
+from memopt_export.placement import Layer, Placement, has_weight
 from memopt_export.simplify import drop_unused_initializers, merge_equal_initializers
 
 if TYPE_CHECKING:
@@ -49,13 +49,81 @@ FORMATS = {
 }
 
 
-def insert(graph: Graph, placement: Placement, ranges: Ranges) -> Graph:
-    """The graph with int8 weights in its layers and Q/DQ where `placement` says, as wide as `ranges` say."""
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """What a quantized layer holds: int8 weights with their affine, and the bias in float32, (channels,) or None."""
+
+    integers: Array
+    affine: Affine
+    bias: Array | None
+
+    @property
+    def weight(self) -> Array:
+        """The float32 weights that the integers stand for."""
+        return self.affine.dequantize(self.integers)
+
+
+@dataclass(frozen=True, eq=False)
+class Simulation:
+    """A graph that computes as the quantized one does, in floats: activations pass Q/DQ, weights are still to be given.
+
+    `positions` are those of the layers' nodes, by the layer's index in the float graph; `weights` and `biases` are the
+    names of the initializers that those nodes read, without data.
+    """
+
+    graph: Graph
+    positions: dict[int, int]
+    weights: dict[int, str]
+    biases: dict[int, str]
+
+
+def insert(graph: Graph, placement: Placement, ranges: Ranges, stored: Mapping[int, Stored] | None = None) -> Graph:
+    """The graph with int8 weights in its layers and Q/DQ where `placement` says, as wide as `ranges` say.
+
+    `stored` gives each layer's weights by its index; without it they are rounded to nearest.
+    """
+    if stored is None:
+        wiring = wire(graph.model)
+        stored = {layer.index: nearest(layer, wiring, placement, ranges) for layer in placement.layers}
     model = graph.copy_model()
-    _Insertion(model, wire(model), placement, ranges, FORMATS[placement.target]).run()
+    _Insertion(model, wire(model), placement, ranges, stored).run()
     drop_unused_initializers(model)
     merge_equal_initializers(model)
     return graph.with_model(model)
+
+
+def simulate(graph: Graph, placement: Placement, ranges: Ranges) -> Simulation:
+    """The simulation of what `insert` makes."""
+    model = graph.copy_model()
+    insertion = _Insertion(model, wire(model), placement, ranges, None)
+    insertion.run()
+    drop_unused_initializers(model)
+    return Simulation(graph.with_model(model), insertion.positions, insertion.weights, insertion.biases)
+
+
+def nearest(layer: Layer, wiring: Wiring, placement: Placement, ranges: Ranges, *, largest: int = 127) -> Stored:
+    """The layer's weights rounded to nearest, with steps that leave room for its bias where that is int32."""
+    node = wiring.nodes[layer.index]
+    weight, bias = float_weights(node, wiring)
+    affine = symmetric_int8_channels(weight, axis=layer.axis, largest=largest)
+    if bias is not None and FORMATS[placement.target].int32_bias:
+        affine = with_room_for_bias(affine, bias, input_affine(layer, wiring, placement, ranges))
+    return Stored(affine.quantize(weight), affine, bias)
+
+
+def float_weights(node: onnx.NodeProto, wiring: Wiring) -> tuple[Array, Array | None]:
+    """A layer's weight and bias as they are, float32; None where it has no bias."""
+    from onnx import numpy_helper
+
+    weight, bias = (wiring.initializers.get(name) for name in [*node.input[1:], ""][:2])
+    assert weight is not None  # the placement saw to it
+    return numpy_helper.to_array(weight), None if bias is None else numpy_helper.to_array(bias)
+
+
+def input_affine(layer: Layer, wiring: Wiring, placement: Placement, ranges: Ranges) -> Affine:
+    """How the layer's input is quantized."""
+    origin = placement.ranges_of[wiring.nodes[layer.index].input[0]]
+    return FORMATS[placement.target].activations(*ranges.bounds[origin])
 
 
 def fused_counts(data: bytes) -> tuple[int, int]:
@@ -88,15 +156,19 @@ def _optimized(data: bytes) -> onnx.ModelProto:
 class _Insertion:
     """One pass over the nodes of `model`, which is changed in place.
 
-    New tensors are named after what they come from: `T.quantized`, `T.dequantized`; a layer's after its output.
+    New tensors are named after what they come from: `T.quantized`, `T.dequantized`; a layer's after its output. Without
+    `stored` this is a simulation: layers read float initializers without data.
     """
 
     model: onnx.ModelProto
     wiring: Wiring  # of the model as it was
     placement: Placement
     ranges: Ranges
-    format: Format
+    stored: Mapping[int, Stored] | None
     arrays: dict[str, Array] = field(default_factory=dict)
+    positions: dict[int, int] = field(default_factory=dict)
+    weights: dict[int, str] = field(default_factory=dict)
+    biases: dict[int, str] = field(default_factory=dict)
 
     def run(self) -> None:
         """Rewrites the nodes: weights before the layer that reads them, Q/DQ behind the node that writes."""
@@ -107,25 +179,49 @@ class _Insertion:
         for value in self.model.graph.input:
             self._add_pair(value.name, value.name)
         for index, node in enumerate(self.wiring.nodes):
-            if index in layers:
-                self._quantize_layer(node, layers[index].axis)
+            if index in layers and self.stored is None:
+                self._simulate_layer(index, node)
+            elif index in layers:
+                self._quantize_layer(index, node)
             elif index in self.placement.guarded:
                 self._guard(node)
             self._redirect_reads(index, node)
+            self.positions[index] = len(self.model.graph.node)
             self._add_with_pairs(node)
         self.model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in self.arrays.items())
 
-    def _quantize_layer(self, node: onnx.NodeProto, axis: int) -> None:
+    def _simulate_layer(self, index: int, node: onnx.NodeProto) -> None:
+        """Names for what the layer will read; every Conv and Gemm gets a bias."""
+        import onnx
+
+        self.weights[index] = node.input[1] = f"{node.output[0]}.weight"
+        if node.op_type != "MatMul":
+            self.biases[index] = f"{node.output[0]}.bias"
+            del node.input[2:]
+            node.input.append(self.biases[index])
+        names = filter(None, (self.weights[index], self.biases.get(index)))
+        self.model.graph.initializer.extend(onnx.TensorProto(name=name, data_type=1) for name in names)
+
+    def _quantize_layer(self, index: int, node: onnx.NodeProto) -> None:
         """int8 weights in the file, and an int32 bias where the target wants one."""
-        name, bias = node.output[0], node.input[2] if len(node.input) > 2 else ""
-        weight = self._float(node.input[1])
-        affine = symmetric_int8_channels(weight, axis=axis)
-        if bias and self.format.int32_bias:
-            inputs = self._affine(node.input[0])
-            affine = with_room_for_bias(affine, self._float(bias), inputs)
-            scale = bias_scale(inputs, affine)
-            node.input[2] = self._dequantized(f"{name}.bias", quantize_bias(self._float(bias), scale), scale, axis=0)
-        node.input[1] = self._dequantized(f"{name}.weight", affine.quantize(weight), affine.scale, axis=axis)
+        assert self.stored is not None
+        stored, name = self.stored[index], node.output[0]
+        if stored.bias is not None:
+            if self._format.int32_bias:
+                scale = bias_scale(self._affine(node.input[0]), stored.affine)
+                bias = self._dequantized(f"{name}.bias", quantize_bias(stored.bias, scale), scale, axis=0)
+            else:
+                bias = f"{name}.bias"
+                self.arrays[bias] = stored.bias
+            del node.input[2:]
+            node.input.append(bias)
+        node.input[1] = self._dequantized(
+            f"{name}.weight", stored.integers, stored.affine.scale, axis=stored.affine.axis
+        )
+
+    @property
+    def _format(self) -> Format:
+        return FORMATS[self.placement.target]
 
     def _guard(self, node: onnx.NodeProto) -> None:
         """Keeps a float layer's weights float: ONNX Runtime's WeightBiasQuantization makes them int8 with one scale.
@@ -189,7 +285,7 @@ class _Insertion:
         return f"{name}.dequantized"
 
     def _affine(self, tensor: str) -> Affine:
-        return self.format.activations(*self.ranges.bounds[self.placement.ranges_of[tensor]])
+        return self._format.activations(*self.ranges.bounds[self.placement.ranges_of[tensor]])
 
     def _float(self, name: str) -> Array:
         from onnx import numpy_helper

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import numpy as np
 
 from memopt.errors import InputRefused, UsageError
 from memopt.preprocess import prepare, resize
+from memopt.strict_json import to_json
 from memopt.tensors import Array, TensorSpec, check_feeds
 from memopt_models import downloads
 from memopt_models.class_folders import read_class_folders
@@ -22,7 +23,8 @@ from memopt_models.digest import digest_arrays
 from memopt_models.factories import load_factory
 
 __all__ = [
-    "SPLITS", "DataSet", "Samples", "Split", "default_root", "is_known", "make_data", "open_data", "open_samples",
+    "SPLITS", "Batches", "DataSet", "Pictures", "Samples", "Split", "default_root", "is_known", "make_data", "open_data",
+    "open_samples", "stream_samples",
 ]  # fmt: skip
 
 
@@ -33,6 +35,7 @@ class Samples:
     feeds: dict[str, Array]
     labels: Array | None  # int64 (n,)
     source: str  # such as "digits/test"
+    rows: Array | None = None  # int64 (n,), which samples of the source they are; None: all, or not known
 
     def __len__(self) -> int:
         return len(next(iter(self.feeds.values())))
@@ -48,18 +51,81 @@ class Samples:
     def pick(self, rows: Array | slice) -> Samples:
         """These rows of all arrays; of a slice they are views."""
         labels = None if self.labels is None else self.labels[rows]
-        return replace(self, feeds={name: array[rows] for name, array in self.feeds.items()}, labels=labels)
+        known = self.rows if self.rows is not None else np.arange(len(self))
+        feeds = {name: array[rows] for name, array in self.feeds.items()}
+        return replace(self, feeds=feeds, labels=labels, rows=known[rows])
 
-    def batches(self, size: int) -> Iterator[dict[str, Array]]:
+    def batches(self, size: int) -> Batches:
         """The inputs, `size` samples at a time; the last batch may be smaller. Views, no copies."""
-        for start in range(0, len(self), size):
-            yield {name: array[start : start + size] for name, array in self.feeds.items()}
+        return Batches(self, size)
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the inputs and labels, as 64 hex digits."""
         labels = {} if self.labels is None else {"labels": self.labels}
         return digest_arrays({f"feeds.{name}": array for name, array in self.feeds.items()} | labels)
+
+
+@dataclass(frozen=True)
+class Batches(Sequence[dict[str, Array]]):
+    """The inputs of samples, some at a time; each batch is made when it is read."""
+
+    samples: Samples | Pictures
+    size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.size)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Array]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[dict[str, Array]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Array] | Sequence[dict[str, Array]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.samples.pick(slice(index * self.size, (index + 1) * self.size)).feeds
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Samples that are prepared when they are read: memory is that of their uint8 pictures and of one batch."""
+
+    split: Split
+    steps: Sequence[Mapping[str, Any]]  # of memopt.preprocess
+    inputs: tuple[TensorSpec, ...]  # the first takes the pictures
+    source: str
+    rows: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    @property
+    def labels(self) -> Array:
+        """int64 (n,)."""
+        return self.split.labels
+
+    def pick(self, rows: Array | slice) -> Samples:
+        """These rows, prepared.
+
+        Raises:
+            InputRefused: the pictures do not fit the inputs.
+        """
+        chosen = self.split.pick(rows)
+        feeds = {self.inputs[0].name: prepare(chosen.images, self.steps)}
+        check_feeds(self.inputs, feeds)
+        return Samples(feeds, chosen.labels, self.source, None if self.rows is None else self.rows[rows])
+
+    def batches(self, size: int) -> Batches:
+        """The inputs, `size` samples at a time."""
+        return Batches(self, size)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of pictures, labels and steps, as 64 hex digits."""
+        card = np.frombuffer(to_json(tuple(self.steps)).encode(), np.uint8)
+        return digest_arrays({"images": self.split.images, "labels": self.split.labels, "card": card})
 
 
 def open_data(spec: str, *, root: Path | None = None, download: bool = True) -> DataSet:
@@ -126,6 +192,24 @@ def open_samples(
         UsageError: no such data or split.
         InputRefused: the samples do not fit the inputs, there are fewer than `count`, or the file is damaged.
     """
+    found = stream_samples(
+        spec, split=split, inputs=inputs, root=root, preprocess=preprocess, count=count, at_most=at_most, seed=seed
+    )
+    return found if isinstance(found, Samples) else found.pick(slice(None))
+
+
+def stream_samples(
+    spec: str,
+    *,
+    split: str,
+    inputs: Sequence[TensorSpec],
+    root: Path | None = None,
+    preprocess: Sequence[Mapping[str, Any]] | None = None,
+    count: int | None = None,
+    at_most: int | None = None,
+    seed: int = 0,
+) -> Samples | Pictures:
+    """The same samples as by `open_samples`, prepared batch by batch where they are pictures."""
     if split not in SPLITS:
         raise UsageError(f"split {split!r} is not known", hint=", ".join(SPLITS))
     per_sample = [replace(tensor, shape=("batch", *tensor.shape[1:])) for tensor in inputs]
@@ -136,11 +220,12 @@ def open_samples(
     data = open_data(spec, root=root)
     chosen, source = data.splits[split], f"{data.name}/{split}"
     wanted = count if at_most is None else min(at_most, len(chosen))
+    rows = np.arange(len(chosen))
     if wanted is not None:
-        chosen = chosen.pick(_draw_rows(len(chosen), wanted, seed=seed, source=source))
-    feeds = {inputs[0].name: prepare(chosen.images, data.preprocess if preprocess is None else preprocess)}
-    check_feeds(per_sample, feeds)
-    return Samples(feeds, chosen.labels, source)
+        rows = _draw_rows(len(chosen), wanted, seed=seed, source=source)
+        chosen = chosen.pick(rows)
+    steps = data.preprocess if preprocess is None else preprocess
+    return Pictures(chosen, steps, tuple(per_sample), source, rows)
 
 
 def default_root() -> Path:

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from memopt.errors import InputRefused
 from memopt.tensors import TensorSpec
-from memopt_export.calibrate import Ranges, calibrate, collect_ranges, merge, share_scalars
+from memopt_export.calibrate import Ranges, calibrate, collect_ranges, merge
 from memopt_export.graph import Graph
 from memopt_export.means import Means, Step
+from memopt_export.walk import share_scalars
 from memopt_models.data import Samples
 
 PAGE = os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,210 @@
+"""Weights chosen layer by layer, so that each layer's outputs are those of the float graph on real samples.
+
+Two walks go through the graph side by side: the float graph, and the quantized one with all layers before this one as
+they have been chosen. A layer is rounded for what it will really read (`gptq`), then its bias takes back what the mean
+of each channel has moved, counted only where the function behind lets it through. Without that mask, means are matched
+where a ReLU6 discards the values.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from memopt.tensors import Array
+from memopt_export.activation import Activation, behind
+from memopt_export.affine import Affine, bias_scale, quantize_bias, with_room_for_bias
+from memopt_export.calibrate import Ranges
+from memopt_export.gptq import round_in_order
+from memopt_export.graph import Graph, Wiring, wire
+from memopt_export.means import Means
+from memopt_export.patches import Geometry
+from memopt_export.placement import Layer, Placement
+from memopt_export.qdq import FORMATS, Simulation, Stored, float_weights, input_affine, nearest, simulate
+from memopt_export.recipe import Recipe
+from memopt_export.walk import Walk
+
+# Rows of a layer's inputs that give its moments: this many for each input, within these ends.
+_ROWS_PER_INPUT, _FEWEST_ROWS, _MOST_ROWS = 4, 4096, 16384
+# Rows on which outputs are compared, and what they may take.
+_COMPARED_ROWS, _COMPARED_BYTES = 4096, 64 * 2**20
+# Inputs whose moments are taken together; a layer with more is rounded in parts, since the cost is their third power.
+_MOST_INPUTS = 1536
+_ROUNDS = 3  # of the correction of a bias; the function behind is not linear
+_PRIOR_ROWS = 16  # rows without error that a channel's mean is weighed against
+
+
+def choose_weights(
+    graph: Graph,
+    placement: Placement,
+    ranges: Ranges,
+    batches: Sequence[Mapping[str, Array]],
+    recipe: Recipe,
+    means: Means,
+) -> dict[int, Stored]:
+    """What each layer stores, by its index.
+
+    Args:
+        graph: the float graph.
+        placement: where it is quantized.
+        ranges: of all tensors in it that are.
+        batches: samples to run.
+        recipe: `correction` is "gptq", "bias" or "none".
+        means: told after each layer.
+    """
+    largest = 2 ** (recipe.weight_bits - 1) - 1
+    wiring = wire(graph.model)
+    if recipe.correction == "none":
+        return {layer.index: nearest(layer, wiring, placement, ranges, largest=largest) for layer in placement.layers}
+    simulation = simulate(graph, placement, ranges)
+    chosen = {}
+    with tempfile.TemporaryDirectory(prefix="memopt-") as folder, tempfile.TemporaryDirectory(prefix="memopt-") as own:
+        walks = _Walks(Walk(graph.model, batches, Path(folder)), Walk(simulation.graph.model, batches, Path(own)))
+        for done, layer in enumerate(placement.layers, 1):
+            walks.advance(layer.index, simulation)
+            inputs = input_affine(layer, wiring, placement, ranges)
+            start = nearest(layer, wiring, placement, ranges, largest=largest)
+            work = _Work(layer, wiring, simulation, inputs, largest, int32_bias=FORMATS[placement.target].int32_bias)
+            chosen[layer.index] = stored = _choose(
+                work, walks, len(batches), start, rounds_in_order=recipe.correction == "gptq"
+            )
+            walks.quantized.change(simulation.weights[layer.index], stored.weight)
+            if stored.bias is not None:
+                walks.quantized.change(simulation.biases[layer.index], work.stored_bias(stored))
+            means.tell("correct", done, len(placement.layers))
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Walks:
+    """The float graph and the quantized one, at the same place."""
+
+    plain: Walk
+    quantized: Walk
+
+    def advance(self, index: int, simulation: Simulation) -> None:
+        """Takes both to the layer of this index."""
+        self.plain.pass_to(index)
+        self.quantized.pass_to(simulation.positions[index])
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One layer, and all that is known of it."""
+
+    layer: Layer
+    wiring: Wiring
+    simulation: Simulation
+    inputs: Affine
+    largest: int
+    int32_bias: bool
+
+    def stored_bias(self, stored: Stored) -> Array:
+        """The bias as the quantized layer adds it."""
+        assert stored.bias is not None
+        if not self.int32_bias:
+            return stored.bias
+        scale = bias_scale(self.inputs, stored.affine)
+        return np.asarray(quantize_bias(stored.bias, scale) * scale, np.float32)
+
+
+def _choose(work: _Work, walks: _Walks, batches: int, start: Stored, *, rounds_in_order: bool) -> Stored:
+    """The layer's weights and bias; `start` has them rounded to nearest."""
+    node = work.wiring.nodes[work.layer.index]
+    weight, bias = float_weights(node, work.wiring)
+    geometry = Geometry.of(node, weight, work.layer.axis)
+    matrix = geometry.matrix(weight)
+    bias = np.zeros(matrix.shape[0] * matrix.shape[1], np.float32) if bias is None else bias
+    parts = _parts(matrix.shape[2]) if rounds_in_order else None
+    found = _look(work, walks, geometry, matrix, batches, parts)
+    stored = start
+    if parts is not None:
+        rounded = _round(matrix, start.affine, found.moments, work.largest)
+        stored = replace(start, integers=start.affine.quantize(geometry.unfold(rounded, weight)))
+    if work.layer.index not in work.simulation.biases:
+        return stored
+    expected = found.expected + bias
+    got = _multiply(found.rows, geometry.matrix(stored.weight)) + bias
+    corrected = bias + _missing(expected, got, behind(work.layer.index, work.wiring))
+    affine = with_room_for_bias(stored.affine, corrected, work.inputs) if work.int32_bias else stored.affine
+    if (affine.scale != stored.affine.scale).any():  # a channel of next to nothing but bias
+        stored = replace(stored, integers=affine.quantize(stored.weight), affine=affine)
+    return replace(stored, bias=corrected.astype(np.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What the samples say of a layer."""
+
+    moments: Array  # (groups or parts, inputs, inputs), of what the quantized layer reads
+    rows: Array  # some of it, (groups, rows, inputs)
+    expected: Array  # the float layer's outputs at the same rows, without bias, (rows, channels)
+
+
+def _look(work: _Work, walks: _Walks, geometry: Geometry, matrix: Array, batches: int, parts: int | None) -> _Found:
+    groups, _, inputs = matrix.shape
+    shape = (groups * (parts or 1), inputs // (parts or 1))
+    moments = np.zeros((shape[0], shape[1], shape[1]) if parts else (0, 0, 0))
+    wanted = min(max(_ROWS_PER_INPUT * inputs, _FEWEST_ROWS), _MOST_ROWS)
+    kept = max(min(_COMPARED_ROWS, _COMPARED_BYTES // (4 * groups * inputs)), 1)
+    index = work.layer.index
+    names = work.wiring.nodes[index].input[0], walks.quantized.reads(work.simulation.positions[index])
+    rng = np.random.default_rng(index)
+    rows, expected = [], []
+    for (plain,), (quantized,) in zip(walks.plain.read(names[0]), walks.quantized.read(names[1]), strict=True):
+        there = geometry.positions(quantized)
+        drawn = rng.permutation(there)[: -(-wanted // batches)]
+        some = np.sort(drawn[: -(-kept // batches)])
+        if parts:
+            read = geometry.rows(quantized, np.sort(drawn)).reshape(groups, len(drawn), parts, -1).swapaxes(1, 2)
+            read = read.reshape(shape[0], len(drawn), shape[1])
+            moments += read.swapaxes(1, 2) @ read
+        rows.append(geometry.rows(quantized, some))
+        expected.append(_multiply(geometry.rows(plain, some), matrix))
+    return _Found(moments, np.concatenate(rows, axis=1), np.concatenate(expected))
+
+
+def _parts(inputs: int) -> int | None:
+    """Into how many equal parts a layer's inputs are divided; None where they are too many and do not divide."""
+    least = -(-inputs // _MOST_INPUTS)
+    return next((parts for parts in range(least, 4 * least + 1) if inputs % parts == 0), None)
+
+
+def _round(matrix: Array, affine: Affine, moments: Array, largest: int) -> Array:
+    """The weights that the chosen integers stand for, (groups, outputs, inputs)."""
+    groups, outputs, inputs = matrix.shape
+    parts = len(moments) // groups
+    steps: Array = affine.scale.astype(np.float64).reshape(groups, 1, outputs, 1)
+    scale = steps.repeat(parts, axis=1).reshape(-1, outputs, 1)
+
+    def store(weights: Array, _inputs: Array) -> Array:
+        return np.asarray((weights / scale).round().clip(-largest, largest) * scale)
+
+    split = matrix.reshape(groups, outputs, parts, -1).swapaxes(1, 2).reshape(groups * parts, outputs, -1)
+    rounded = round_in_order(split, moments, store)
+    return rounded.reshape(groups, parts, outputs, -1).swapaxes(1, 2).reshape(groups, outputs, inputs)
+
+
+def _multiply(rows: Array, matrix: Array) -> Array:
+    """The layer's outputs for these rows, (rows, channels)."""
+    products = rows @ matrix.astype(np.float32).swapaxes(1, 2)  # (groups, rows, outputs)
+    return products.swapaxes(0, 1).reshape(products.shape[1], -1)
+
+
+def _missing(expected: Array, got: Array, activation: Activation) -> Array:
+    """What to add to each channel, (channels,), so that means behind the activation agree where it lets them through.
+
+    A Gauss-Newton step over the rows where it lets `expected` or `got` through, weighed against _PRIOR_ROWS rows that
+    have no error.
+    """
+    wanted, open_ = activation.of(expected), activation.slope(expected)
+    missing = np.zeros(expected.shape[1], np.float32)
+    for _ in range(_ROUNDS):
+        now = got + missing
+        slope = np.maximum(open_, activation.slope(now))
+        missing += (slope * (wanted - activation.of(now))).sum(axis=0) / ((slope**2).sum(axis=0) + _PRIOR_ROWS)
+    return missing
