@@ -47,6 +47,12 @@ class Grid:
         """A parameter of blocks, (rows, blocks), told for each column: (rows, columns)."""
         return np.repeat(parameter, self.block, axis=1)[:, :columns]
 
+    def nearest(self, values: Array, columns: Array) -> Array:
+        """The values that can be stored nearest to these, (rows, n), of these columns, (n,)."""
+        scale, zero_point = (p[:, columns // self.block].astype(np.float64) for p in (self.scale, self.zero_point))
+        steps: Array = np.rint(values / scale).clip(-zero_point, 2**self.bits - 1 - zero_point)
+        return steps * scale
+
     def dequantize(self, integers: Array) -> Array:
         """The float32 values that these integers, (rows, columns), stand for."""
         columns = integers.shape[1]

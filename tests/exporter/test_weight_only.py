@@ -10,6 +10,7 @@ from memopt.probe import Request, measure
 from memopt_export.graph import Graph, save_graph
 from memopt_export.quantize import quantize
 from memopt_export.recipe import GROUP_SIZES, Recipe, parse
+from memopt_models.data import Samples
 
 onnx = pytest.importorskip("onnx")
 
@@ -142,8 +143,6 @@ def embedder(net):
 
 
 def embed(graph, run):
-    from memopt_models.data import Samples
-
     ids = np.random.default_rng(3).integers(0, 200, (5, 6))
     return run(graph, Samples({"x": ids}, None, "by hand"))
 
@@ -256,6 +255,34 @@ def test_recurrent_weights_are_small_too(net, precision, floor_db, kind, samples
     result, close = closeness(drawn, parse(precision), samples_of, run)
     assert len(nodes(result.graph, "DequantizeLinear")) == 2
     assert close > floor_db
+
+
+# --- rounding for what a layer reads
+
+
+def correlated(graph, n, seed):
+    """Samples with a few strong directions, as activations have."""
+    rng = np.random.default_rng(seed)
+    mix = np.random.default_rng(5).normal(size=(12, 96))
+    x = rng.normal(size=(n, 12)) @ mix + 0.3 * rng.normal(size=(n, 96))
+    return Samples({"x": x.astype(np.float32)}, None, "by hand")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("group_size", [0, 32])
+def test_samples_make_the_rounding_better_at_the_same_size(mlp, precision, target, group_size, run):
+    graph = mlp.graph()
+    recipe = Recipe(precision, target, group_size=group_size)
+    others = correlated(graph, 64, seed=2)
+    blind = quantize(graph, recipe, None)
+    seeing = quantize(graph, recipe, correlated(graph, 256, seed=1))
+    asked_not_to = quantize(graph, replace(recipe, correction="none"), correlated(graph, 256, seed=1))
+    # Unoptimized: DequantizeLinear and MatMul are not made one node that rounds its inputs too.
+    close = [sqnr_db(run(done.graph, others, optimize=False), run(graph, others)) for done in (blind, seeing)]
+    assert asked_not_to.graph.data == blind.graph.data
+    assert len(seeing.graph.data) == len(blind.graph.data)
+    gain = 1.5 if precision == "int4-weights" or target == "tensorrt" else 0
+    assert close[1] > close[0] + gain
 
 
 # --- what is shared, excluded, too small

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,12 +15,15 @@ from memopt.errors import InputRefused
 from memopt.sizes import show_size
 from memopt.tensors import Array
 from memopt_export.blocks import Grid, fit, pack4, round_to_nearest
+from memopt_export.calibrate import batches_for
+from memopt_export.gptq import round_in_order
 from memopt_export.graph import Graph, Wiring, attribute, inner_layers, label, wire
 from memopt_export.means import UNLIMITED, Means
 from memopt_export.opset import BLOCKWISE, PER_CHANNEL, at_least_opset, import_domain, raise_ir_version
 from memopt_export.quantize.quantized import Quantized
 from memopt_export.recipe import Recipe
 from memopt_export.simplify import drop_unused_initializers
+from memopt_export.walk import Walk
 
 if TYPE_CHECKING:
     import onnx
@@ -36,6 +41,8 @@ _NODE_BYTES = 256
 # 8-bit weights float again: it takes longer and holds as much as for float weights.
 _INTEGER_PRODUCTS = 4
 _MICROSOFT = "com.microsoft"
+# Longer rows are rounded to nearest: the cost of their moments is the third power.
+_MOST_INPUTS = 4096
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,12 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | None = None, means
     would keep in float32, and those of convolutions, where it knows none; 4 bits are too few for a whole channel and
     become 8, unless `recipe.group_size` is 0, which asks for it. A weight that would save nothing stays float.
 
-    Weights are not rounded to the widest value of a block, but where its squared error is least.
+    Scales follow not from the widest value of a block, but from its least squared error. With samples, and where
+    `recipe.correction` is "gptq", weights of MatMul and Gemm are rounded for what these read; else to nearest.
 
     Raises:
-        InputRefused: nothing can be quantized, or the graph's opset is too old and cannot be raised.
+        InputRefused: nothing can be quantized, the graph's opset is too old and cannot be raised, or the samples do not
+            fit the graph.
     """
     layers = _layers(graph, recipe)
     if not layers:
@@ -72,7 +81,10 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | None = None, means
     raised = at_least_opset(graph, max(layer.form.opset for layer in layers))
     layers = _layers(raised, recipe)
     model = raised.copy_model()
-    _Conversion(model, wire(model)).run(layers, means)
+    conversion = _Conversion(model, wire(model))
+    if samples is not None and recipe.correction == "gptq":
+        conversion.rounded.update(_round_in_order(raised, layers, samples, means))
+    conversion.run(layers, means)
     result = raised.with_model(model, precision=recipe.name)
     notes = _notes(graph, result, Counter(layer.form.writes for layer in layers), recipe)
     return Quantized(result, None, None, _kept_float(raised, layers), notes)
@@ -129,6 +141,14 @@ class _Layer:
     index: int
     place: Place
     form: Form
+
+
+# What is stored once: a weight, as it is looked at, in its form.
+_Key = tuple[str, Place, Form]
+
+
+def _key(node: onnx.NodeProto, layer: _Layer) -> _Key:
+    return str(node.input[layer.place.slot]), layer.place, layer.form
 
 
 def _layers(graph: Graph, recipe: Recipe) -> list[_Layer]:
@@ -223,6 +243,45 @@ def _kept_float(graph: Graph, layers: list[_Layer]) -> tuple[str, ...]:
     return (*kept, *inner_layers(graph.model, PLACES.keys() - {"Gather"}))
 
 
+# --- rounding
+
+
+def _round_in_order(
+    graph: Graph, layers: list[_Layer], samples: Samples, means: Means
+) -> dict[_Key, tuple[Array, Grid]]:
+    """Integers and grid of the weights whose layers tell what they read; of a shared weight, by its first layer."""
+    from onnx import numpy_helper
+
+    wiring, found = wire(graph.model), dict[_Key, tuple[Array, Grid]]()
+    batches = batches_for(graph, samples, means.batch_size)
+    with tempfile.TemporaryDirectory(prefix="memopt-") as folder:
+        walk = Walk(graph.model, batches, Path(folder))
+        for layer in layers:
+            node, key = wiring.nodes[layer.index], _key(wiring.nodes[layer.index], layer)
+            if key in found or not _tells_inputs(node, wiring.initializers[key[0]], layer.place):
+                continue
+            walk.pass_to(layer.index)
+            weight = numpy_helper.to_array(wiring.initializers[key[0]])
+            moments = _moments(walk.read(node.input[0]), weight.shape[layer.place.inputs])
+            found[key] = _integers(weight, layer.place, layer.form, moments)
+    return found
+
+
+def _tells_inputs(node: onnx.NodeProto, weight: onnx.TensorProto, place: Place) -> bool:
+    """Whether each row of what the node reads meets each row of the weight, and these are not too long."""
+    product = node.op_type == "MatMul" or (node.op_type == "Gemm" and _is_plain(node))
+    return product and len(weight.dims) == 2 and weight.dims[place.inputs] <= _MOST_INPUTS
+
+
+def _moments(reads: Iterable[list[Array]], columns: int) -> Array:
+    """x^T x over all rows, (columns, columns)."""
+    moments: Array = np.zeros((columns, columns), np.float64)
+    for (read,) in reads:
+        rows = read.reshape(-1, columns)
+        moments += rows.T @ rows
+    return moments
+
+
 # --- rewriting
 
 
@@ -240,7 +299,8 @@ class _Conversion:
     arrays: dict[str, Array] = field(default_factory=dict)
     dequantizers: dict[str, onnx.NodeProto] = field(default_factory=dict)
     nodes: list[onnx.NodeProto] = field(default_factory=list)
-    stored: dict[tuple[str, Place, Form], str] = field(default_factory=dict)
+    stored: dict[_Key, str] = field(default_factory=dict)
+    rounded: dict[_Key, tuple[Array, Grid]] = field(default_factory=dict)  # those that are not rounded to nearest
 
     def run(self, layers: list[_Layer], means: Means) -> None:
         """Rewrites nodes and initializers."""
@@ -290,12 +350,14 @@ class _Conversion:
         """The name of the stored integers; a weight that two layers read in the same form is stored once."""
         from onnx import numpy_helper
 
-        key = (name, layer.place, layer.form)
+        key: _Key = (name, layer.place, layer.form)
         if key not in self.stored:
             twins = sum(name == other for other, _, _ in self.stored)
             self.stored[key] = f"{name}.quantized" + (f".{twins}" if twins else "")
             weight = numpy_helper.to_array(self.wiring.initializers[name])
-            for suffix, array in _ARRAYS[layer.form.writes](weight, layer.place, layer.form).items():
+            integers, grid = self.rounded.get(key) or _integers(weight, layer.place, layer.form)
+            arrays = _ARRAYS[layer.form.writes](integers, grid, weight.shape, layer)
+            for suffix, array in arrays.items():
                 self.arrays[self.stored[key] + suffix] = array
         return self.stored[key]
 
@@ -326,12 +388,13 @@ def _set(node: onnx.NodeProto, settings: dict[str, int]) -> None:
     node.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(settings.items()))
 
 
-# --- what is stored, by suffix of its name
+# --- what is stored, by suffix of its name, from a weight of `shape`
+
+Shape = tuple[int, ...]
 
 
-def _matmul_arrays(weight: Array, place: Place, form: Form) -> dict[str, Array]:
+def _matmul_arrays(integers: Array, grid: Grid, _shape: Shape, _layer: _Layer) -> dict[str, Array]:
     """Integers (N, blocks, bytes), scales (N, blocks), zero points (N, bytes) where any is not in the middle."""
-    integers, grid = _integers(weight, place, form)
     missing = grid.scale.shape[1] * grid.block - integers.shape[1]
     packed = np.pad(integers, ((0, 0), (0, missing))).reshape(len(integers), -1, grid.block)
     arrays = {"": packed, ".scale": grid.scale, ".zero_point": grid.zero_point}
@@ -340,17 +403,16 @@ def _matmul_arrays(weight: Array, place: Place, form: Form) -> dict[str, Array]:
     return _without_middle(arrays, grid)
 
 
-def _gather_arrays(weight: Array, place: Place, form: Form) -> dict[str, Array]:
+def _gather_arrays(integers: Array, grid: Grid, _shape: Shape, _layer: _Layer) -> dict[str, Array]:
     """Integers (rows, columns), uint8 or uint4; scales and zero points (rows, blocks)."""
-    integers, grid = _integers(weight, place, form)
     return {"": _typed(integers, grid), ".scale": grid.scale, ".zero_point": _typed(grid.zero_point, grid)}
 
 
-def _dequantize_arrays(weight: Array, place: Place, form: Form) -> dict[str, Array]:
+def _dequantize_arrays(integers: Array, grid: Grid, shape: Shape, layer: _Layer) -> dict[str, Array]:
     """Integers shaped like the weight; scales and zero points (channels,), or shaped like it with blocks for inputs."""
-    integers, grid = _integers(weight, place, form)
-    axis = place.channels if form.block is None else place.inputs
-    others = np.delete(weight.shape, axis)
+    form = layer.form
+    axis = layer.place.channels if form.block is None else layer.place.inputs
+    others = np.delete(shape, axis)
 
     def back(array: Array) -> Array:
         """From rows to the weight's axes."""
@@ -367,21 +429,27 @@ def _dequantize_arrays(weight: Array, place: Place, form: Form) -> dict[str, Arr
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-_ARRAYS: dict[str, Callable[[Array, Place, Form], dict[str, Array]]] = {
+_ARRAYS: dict[str, Callable[[Array, Grid, Shape, _Layer], dict[str, Array]]] = {
     "MatMulNBits": _matmul_arrays,
     "GatherBlockQuantized": _gather_arrays,
     "DequantizeLinear": _dequantize_arrays,
 }
 
 
-def _integers(weight: Array, place: Place, form: Form) -> tuple[Array, Grid]:
-    """The weight's rows, (rows, columns), rounded: one row for each channel, or for all that shares no block."""
+def _integers(weight: Array, place: Place, form: Form, moments: Array | None = None) -> tuple[Array, Grid]:
+    """The weight's rows, (rows, columns), rounded: one row for each channel, or for all that shares no block.
+
+    `moments` are those of what the layer reads, (columns, columns); None rounds to nearest.
+    """
     if form.block is None:
         rows = np.moveaxis(weight, place.channels, 0).reshape(weight.shape[place.channels], -1)
     else:
         rows = np.moveaxis(weight, place.inputs, -1).reshape(-1, weight.shape[place.inputs])
     rows = np.ascontiguousarray(rows)
     grid = fit(rows, bits=form.bits, block=form.block or rows.shape[1], symmetric=True if form.signed else None)
+    if moments is not None:
+        chosen = round_in_order(rows[None], moments[None], lambda part, at: grid.nearest(part[0], at[0])[None])
+        rows = chosen[0].astype(np.float32)
     return round_to_nearest(rows, grid), grid
 
 
