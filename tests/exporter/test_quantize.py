@@ -162,7 +162,8 @@ def test_better_precision_is_closer_to_float(graph, samples, samples_of, run, ru
     assert close["fp16"] > close["bf16"]
     for suffix in ("", "-tensorrt"):
         assert close["fp16"] > close[f"int8{suffix}"]
-        assert close["fp16"] > close[f"int8-weights{suffix}"] > close[f"int4-weights{suffix}"]
+        assert close["fp16"] > close[f"int8-weights{suffix}"]
+    assert close["int8-weights"] > close["int4-weights"]  # for TensorRT, only one layer of this net has 4 bits
 
 
 def test_bytes_do_not_depend_on_the_hash_seed(graph, samples, tmp_path):
