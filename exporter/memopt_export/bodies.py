@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,43 @@ def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         if attribute.HasField("g"):
             yield attribute.g
         yield from attribute.graphs
+
+
+def captured(node: onnx.NodeProto) -> tuple[str, ...]:
+    """The tensors from around the node that its subgraphs read, at any depth, each once, in the order of reading."""
+    names: dict[str, None] = {}
+    for graph in subgraphs(node):
+        inner = {value.name for part in (graph.input, graph.initializer) for value in part}
+        inner |= {sparse.values.name for sparse in graph.sparse_initializer}
+        for each in graph.node:
+            reads = (*each.input, *captured(each))
+            names.update(dict.fromkeys(name for name in reads if name and name not in inner))
+            inner.update(each.output)
+        names.update(dict.fromkeys(value.name for value in graph.output if value.name not in inner))
+    return tuple(names)
+
+
+def inner_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """The nodes inside the branches and loop bodies of the main graph, at any depth."""
+    todo = [graph for node in model.graph.node for graph in subgraphs(node)]
+    while todo:
+        graph = todo.pop(0)
+        yield from graph.node
+        todo.extend(inner for node in graph.node for inner in subgraphs(node))
+
+
+def rename_captured(node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
+    """Has the node's subgraphs read other tensors from around it; names that they define themselves stay. In place."""
+    for graph in subgraphs(node):
+        own = {value.name for part in (graph.input, graph.initializer) for value in part}
+        own.update(name for each in graph.node for name in each.output)
+        outer = {old: new for old, new in renamed.items() if old not in own}
+        for each in graph.node:
+            for slot, name in enumerate(each.input):
+                each.input[slot] = outer.get(name, name)
+            rename_captured(each, outer)
+        for value in graph.output:
+            value.name = outer.get(value.name, value.name)
 
 
 def _bodies(graph: onnx.GraphProto | onnx.FunctionProto, around: ChainMap[str, onnx.TensorProto]) -> Iterator[Body]:

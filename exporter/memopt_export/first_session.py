@@ -41,6 +41,8 @@ _GROWING = frozenset({
 _RANDOM = frozenset({
     "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
 })  # fmt: skip
+# Operators that ONNX Runtime does not compute when it opens a graph, even of constants alone.
+_COMPUTED = _RANDOM | {"DequantizeLinear"}
 _SHAPE_ELEMENTS = 1024  # initializers up to this many may be shapes, which inference reads
 _COMMAND = (sys.executable, "-P", "-m", "memopt_export.first_session")
 _KINDS = {kind.__name__: kind for kind in (BackendError, InputRefused, OutOfResource)}
@@ -207,7 +209,7 @@ class _Unfolding:
             inner = tuple(subgraphs(node))
             grows = node.op_type in _GROWING
             made = sum(sizes.get(name, 0) for name in node.output)
-            if not inner and node.op_type not in _RANDOM and constants.issuperset(filter(None, node.input)):
+            if not inner and node.op_type not in _COMPUTED and constants.issuperset(filter(None, node.input)):
                 constants.update(node.output)
                 self._total_bytes += made if node.op_type != "Constant" else 0
                 if self._complete and grows and not known.issuperset(node.output):

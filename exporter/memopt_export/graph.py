@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from memopt.archive import PAGE
 from memopt.errors import InputRefused, IntegrityError, OutOfResource, first_line
-from memopt.files import write_atomically
+from memopt.files import atomic_file, refuse_to_overwrite, write_atomically
 from memopt.ort_runtime import library_errors
 from memopt.strict_json import from_json
 from memopt.tensors import DTYPE_BITS, Array, TensorSpec, nbytes
+from memopt_export.bodies import bodies, captured, inner_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
 METADATA_KEY = "memopt"
 FREE_DIMENSION = "batch"
 RUN_TIMEOUT_S = 600.0
+# Protobuf's limit is 2 GiB; the nodes need room beside the weights.
+LARGEST_FILE_BYTES = 2**31 - 2**27
+# Initializers smaller than this stay in the graph when the others go to a file of their own.
+_SMALLEST_EXTERNAL_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,19 @@ class Graph:
     def data(self) -> bytes:
         """The serialized model, our metadata entry included; equal graphs give equal bytes."""
         model = self.copy_model()
+        self._write_card(model)
+        return bytes(model.SerializeToString(deterministic=True))
+
+    @property
+    def fits_one_file(self) -> bool:
+        """Whether protobuf can serialize the model; one with more weights is saved with external data."""
+        return sum(len(tensor.raw_data) for tensor in self.model.graph.initializer) < LARGEST_FILE_BYTES
+
+    def _write_card(self, model: onnx.ModelProto) -> None:
         del model.metadata_props[:]
         entry = model.metadata_props.add()
         entry.key = METADATA_KEY
         entry.value = json.dumps({"precision": self.precision, "weights": self.weights_sha256}, sort_keys=True)
-        return bytes(model.SerializeToString(deterministic=True))
 
     @property
     def sha256(self) -> str:
@@ -96,7 +111,7 @@ class Graph:
 
 
 def load_graph(path: Path, *, checked: bool = False) -> Graph:
-    """The graph in an .onnx file, external data included. A foreign one gets the digest of its initializers.
+    """The graph in an .onnx file, external data included. A foreign one gets the digest of all tensors that it stores.
 
     Args:
         path: an .onnx file.
@@ -112,7 +127,7 @@ def load_graph(path: Path, *, checked: bool = False) -> Graph:
     model = preflight.parse(path) if checked else preflight.check(path)
     preflight.load_external(model, path.parent)
     card = _read_card(model)
-    graph = Graph(model, card.weights or _digest_of_initializers(model), card.precision or _guess_precision(model))
+    graph = Graph(model, card.weights or _digest_of_tensors(model), card.precision or _guess_precision(model))
     _ = graph.inputs, graph.outputs  # refused here, when they are none that we know
     return graph
 
@@ -133,11 +148,23 @@ def run_graph(
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     options.log_severity_level = 3  # errors are raised, warnings are not the user's
     try:
-        session = onnxruntime.InferenceSession(graph.data, options, providers=["CPUExecutionProvider"])
+        session = open_session(graph, options)
         with _time_limit(onnxruntime.RunOptions(), timeout_s) as run_options:
             return [np.asarray(output) for output in session.run(None, dict(feeds), run_options)]
     except library_errors() as error:
         raise InputRefused(f"onnxruntime cannot run the graph: {first_line(error)}") from error
+
+
+def open_session(graph: Graph, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """A session of the graph on this CPU, whatever its size; what does not fit into bytes goes through a folder."""
+    import onnxruntime
+
+    if graph.fits_one_file:
+        return onnxruntime.InferenceSession(graph.data, options, providers=["CPUExecutionProvider"])
+    with tempfile.TemporaryDirectory(prefix="memopt-") as folder:
+        path = Path(folder) / "graph.onnx"
+        save_graph(graph, path)
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 @contextmanager
@@ -160,9 +187,66 @@ def _time_limit(options: onnxruntime.RunOptions, timeout_s: float) -> Iterator[o
         timer.cancel()
 
 
-def save_graph(graph: Graph, path: Path, *, force: bool = False) -> None:
-    """Writes the graph as one .onnx file, atomically."""
-    write_atomically(path, graph.data, force=force)
+def save_graph(graph: Graph, path: Path, *, force: bool = False, external: bool = False) -> None:
+    """Writes the graph as an .onnx file, atomically.
+
+    Args:
+        graph: what to write.
+        path: of the .onnx file.
+        force: whether existing files may be replaced.
+        external: whether large initializers go to a file beside it, called `NAME.onnx.data`, each on a page of its own,
+            so that they can be mapped. A graph of 2 GiB or more is written so in any case.
+
+    Raises:
+        UsageError: a file exists and `force` is not given.
+        OutOfResource: the disk is full.
+        InputRefused: the folder cannot be written.
+    """
+    if graph.fits_one_file and not external:
+        write_atomically(path, graph.data, force=force)
+        return
+    beside = path.with_name(path.name + ".data")
+    refuse_to_overwrite(path, force=force)
+    # Both are whole before either is renamed, the weights first.
+    with atomic_file(path, force=force) as nodes, atomic_file(beside, force=force) as weights:
+        nodes.write(_write_apart(graph, weights, beside.name))
+
+
+def _write_apart(graph: Graph, weights: BinaryIO, location: str) -> bytes:
+    """Writes large initializers to `weights`; the serialized model, which finds them in the file called `location`."""
+    from onnx import ModelProto, TensorProto
+
+    model = ModelProto()
+    copy_fields(graph.model, model, without="graph")
+    copy_fields(graph.model.graph, model.graph, without="initializer")
+    for tensor in graph.model.graph.initializer:
+        if len(tensor.raw_data) < _SMALLEST_EXTERNAL_BYTES:
+            model.graph.initializer.append(tensor)
+            continue
+        weights.write(bytes(-weights.tell() % PAGE))
+        moved = model.graph.initializer.add(
+            name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=TensorProto.EXTERNAL
+        )
+        for key, value in (("location", location), ("offset", weights.tell()), ("length", len(tensor.raw_data))):
+            moved.external_data.add(key=key, value=str(value))
+        weights.write(tensor.raw_data)
+    graph._write_card(model)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def copy_fields(
+    source: onnx.ModelProto | onnx.GraphProto, target: onnx.ModelProto | onnx.GraphProto, *, without: str
+) -> None:
+    """Copies all fields but one, which may be too large to have twice. In place."""
+    for field, value in source.ListFields():
+        if field.name == without:
+            continue
+        if field.type != field.TYPE_MESSAGE:
+            setattr(target, field.name, value)
+        elif field.is_repeated:
+            getattr(target, field.name).MergeFrom(value)
+        else:
+            getattr(target, field.name).CopyFrom(value)
 
 
 def label(node: onnx.NodeProto) -> str:
@@ -177,9 +261,16 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
+# The slot of a read that happens in a node's subgraphs: the tensor has to be there under its own name.
+CAPTURED = -1
+
+
 @dataclass(frozen=True)
 class Wiring:
-    """Who writes and who reads each tensor of a model; nodes by their index, reads as (node, input slot)."""
+    """Who writes and who reads each tensor of a model; nodes by their index, reads as (node, input slot).
+
+    What the subgraphs of a node read from around it (If, Loop, Scan) counts as one read by the node, in slot CAPTURED.
+    """
 
     nodes: tuple[onnx.NodeProto, ...]
     writer: dict[str, int]
@@ -209,6 +300,8 @@ def wire(model: onnx.ModelProto) -> Wiring:
         for slot, name in enumerate(node.input):
             if name:
                 readers.setdefault(name, []).append((index, slot))
+        for name in captured(node):
+            readers.setdefault(name, []).append((index, CAPTURED))
     return Wiring(
         tuple(model.graph.node),
         writer,
@@ -216,6 +309,17 @@ def wire(model: onnx.ModelProto) -> Wiring:
         {tensor.name: tensor for tensor in model.graph.initializer},
         frozenset(value.name for value in model.graph.output),
     )
+
+
+_QUANTIZED_OPERATORS = frozenset({
+    "QuantizeLinear", "DequantizeLinear", "MatMulNBits", "MatMulInteger", "ConvInteger", "MatMulIntegerToFloat",
+    "QGemm", "GatherBlockQuantized", "MatMulBnb4", "QAttention",
+})  # fmt: skip
+
+
+def inner_layers(model: onnx.ModelProto, operators: Container[str]) -> tuple[str, ...]:
+    """The names of such nodes inside If, Loop and Scan, which no method changes."""
+    return tuple(label(node) for node in inner_nodes(model) if node.op_type in operators)
 
 
 def has_subgraph(node: onnx.NodeProto) -> bool:
@@ -231,12 +335,11 @@ def refuse_subgraphs(graph: Graph, verb: str) -> None:
 
 
 def is_quantized(model: onnx.ModelProto) -> bool:
-    """Whether any node already works on quantized values."""
+    """Whether any node already works on quantized values, subgraphs and functions included."""
     return any(
-        node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulNBits")
-        or node.op_type.startswith("QLinear")
-        or node.op_type.endswith("Integer")
-        for node in model.graph.node
+        node.op_type in _QUANTIZED_OPERATORS or node.op_type.startswith(("QLinear", "DynamicQuantize"))
+        for body in bodies(model)
+        for node in body.graph.node
     )
 
 
@@ -282,9 +385,11 @@ def _read_card(model: onnx.ModelProto) -> _Card:
         return _Card()
 
 
-def _digest_of_initializers(model: onnx.ModelProto) -> str:
+def _digest_of_tensors(model: onnx.ModelProto) -> str:
+    """Of all that the model stores: some exporters write every weight as a Constant node."""
     digest = hashlib.sha256()
-    for tensor in sorted(model.graph.initializer, key=lambda tensor: tensor.name):
+    tensors = [named for body in bodies(model) for named in body.tensors()]
+    for _, tensor in sorted(tensors, key=lambda named: named[0]):
         digest.update(tensor.SerializeToString(deterministic=True))
     return digest.hexdigest()
 

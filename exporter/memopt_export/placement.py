@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memopt_export.graph import Graph, Wiring, attribute, label, refuse_subgraphs, wire
+from memopt_export.graph import CAPTURED, Graph, Wiring, attribute, inner_layers, label, wire
 from memopt_export.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -72,10 +72,8 @@ class Placement:
 def place(graph: Graph, recipe: Recipe) -> Placement:
     """Where Q/DQ go for the recipe's target, with the nodes that it keeps float left alone.
 
-    Raises:
-        InputRefused: the graph has subgraphs.
+    Nodes inside If, Loop and Scan stay float, and what these read from around them is there under its name.
     """
-    refuse_subgraphs(graph, "quantize")
     wiring = wire(graph.model)
     kept = frozenset(i for i, node in enumerate(wiring.nodes) if recipe.excludes(label(node), node.op_type))
     layers = {
@@ -98,7 +96,7 @@ def place(graph: Graph, recipe: Recipe) -> Placement:
         frozenset(reads),
         frozenset(outputs),
         frozenset(index for index in floats if (index, 0) in reads),
-        tuple(label(wiring.nodes[index]) for index in floats),
+        (*(label(wiring.nodes[index]) for index in floats), *inner_layers(graph.model, WEIGHTED)),
     )
 
 
@@ -176,7 +174,7 @@ def _place_on_cpu(wiring: Wiring, layers: Collection[int], kept: Collection[int]
         (index, slot)
         for tensor in wanted
         for index, slot in wiring.readers.get(tensor, ())
-        if tensor in written or index in integer
+        if slot != CAPTURED and (tensor in written or index in integer)
     }
     return reads, written & wiring.outputs
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.tensors import Array
-from memopt_export.graph import FREE_DIMENSION, Graph, Wiring, attribute, has_subgraph, wire
+from memopt_export.bodies import captured, rename_captured
+from memopt_export.graph import FREE_DIMENSION, Graph, Wiring, attribute, wire
 
 if TYPE_CHECKING:
     import onnx
@@ -28,24 +29,31 @@ def simplify(graph: Graph) -> Graph:
     4. A BatchNorm right behind a convolution is folded into it (the only step that rounds).
     5. Weights are stored raw and once; unused ones are dropped.
 
-    A graph with If, Loop or Scan gets 1 and 2 alone: its subgraphs may read any name.
+    What happens inside If, Loop and Scan only loses its notes; what is read there from around them stays.
     """
     model = _inline_functions(graph.copy_model())
     _strip_notes(model)
     _name_the_batch(model)
-    if not any(has_subgraph(node) for node in model.graph.node):
-        _constants_to_initializers(model)
-        _drop_idle_nodes(model)
-        _fold_batch_norms(model)
-        drop_unused_initializers(model)
-        _store_raw(model)
-        merge_equal_initializers(model)
+    constants_to_initializers(model)
+    _drop_idle_nodes(model)
+    _fold_batch_norms(model)
+    drop_unused_initializers(model)
+    _store_raw(model)
+    merge_equal_initializers(model)
     return graph.with_model(model)
 
 
+def constants_to_initializers(model: onnx.ModelProto) -> None:
+    """Case 3: the values of Constant nodes under the names of their outputs. In place."""
+    constants = {node.output[0]: _constant(node) for node in model.graph.node if node.op_type == "Constant"}
+    model.graph.initializer.extend(tensor for tensor in constants.values() if tensor is not None)
+    _keep(model.graph.node, lambda node: constants.get(node.output[0]) is None)
+
+
 def drop_unused_initializers(model: onnx.ModelProto) -> None:
-    """Deletes the initializers that no node reads and no output returns. In place."""
-    used = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
+    """Deletes the initializers that no node reads, within itself or not, and no output returns. In place."""
+    used = {name for node in model.graph.node for name in (*node.input, *captured(node))}
+    used |= {value.name for value in model.graph.output}
     _keep(model.graph.initializer, lambda tensor: tensor.name in used)
 
 
@@ -103,12 +111,6 @@ def _name_the_batch(model: onnx.ModelProto) -> None:
         for position, dim in enumerate(shape.dim):
             if dim.dim_param in random or (position == 0 and not dim.WhichOneof("value")):
                 dim.dim_param = FREE_DIMENSION
-
-
-def _constants_to_initializers(model: onnx.ModelProto) -> None:
-    constants = {node.output[0]: _constant(node) for node in model.graph.node if node.op_type == "Constant"}
-    model.graph.initializer.extend(tensor for tensor in constants.values() if tensor is not None)
-    _keep(model.graph.node, lambda node: constants.get(node.output[0]) is None)
 
 
 def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
@@ -211,6 +213,7 @@ def _rename_reads(model: onnx.ModelProto, renamed: dict[str, str]) -> None:
     for node in model.graph.node:
         for slot, name in enumerate(node.input):
             node.input[slot] = renamed.get(name, name)
+        rename_captured(node, renamed)
 
 
 def _keep(field: Any, wanted: Callable[[Any], bool]) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 
 from memopt.errors import InputRefused, OutOfResource, first_line
 from memopt.ort_runtime import library_errors
-from memopt.tensors import Array, check_feeds
+from memopt.tensors import Array, TensorSpec, check_feeds
+from memopt_export.bodies import captured
 from memopt_export.graph import Wiring, tensor_spec, wire
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Walk:
     def _waiting(self, stop: int) -> list[str]:
         """What nodes from `stop` on, or the caller, read of what was there before it."""
         written = {name for name, writer in self._wiring.writer.items() if writer >= stop}
-        ahead = [name for node in self._wiring.nodes[stop:] for name in node.input if name]
+        ahead = [name for node in self._wiring.nodes[stop:] for name in (*node.input, *captured(node)) if name]
         return [
             origin
             for name in dict.fromkeys([*ahead, *sorted(self._wiring.outputs)])
@@ -169,7 +170,7 @@ class Walk:
         before: dict[int, onnx.NodeProto] = {}
         inputs: dict[str, None] = {}
         initializers: dict[str, None] = {}
-        wanted = [name for node in chosen for name in node.input if name]
+        wanted = [name for node in chosen for name in (*node.input, *captured(node)) if name]
         wanted += [name for name in outputs if name not in written]
         while wanted:
             name = wanted.pop()
@@ -214,7 +215,7 @@ class Walk:
 
     def _batch(self, index: int) -> Mapping[str, Array]:
         if self._latest is None or self._latest[0] != index:
-            self._latest = (index, self._batches[index])
+            self._latest = (index, share_scalars(self._specs, self._batches[index]))
         return self._latest[1]
 
     def _initializer(self, name: str) -> onnx.TensorProto:
@@ -223,6 +224,22 @@ class Walk:
         if name in self._changed:
             return numpy_helper.from_array(self._changed[name], name)
         return self._wiring.initializers[name]
+
+
+def share_scalars(inputs: Sequence[TensorSpec], batch: Mapping[str, Array]) -> dict[str, Array]:
+    """The batch as a graph takes it: a scalar input, which has no place for samples, gets the one value of them all.
+
+    Raises:
+        InputRefused: they do not agree on it.
+    """
+    scalars = {spec.name for spec in inputs if not spec.shape}
+    for name in scalars & batch.keys():
+        if np.unique(batch[name]).size > 1:
+            raise InputRefused(
+                f"input {name!r} is one number for all samples of a run, and the samples have several",
+                hint="--data with the samples of one value",
+            )
+    return {name: np.asarray(array.reshape(-1)[0]) if name in scalars else array for name, array in batch.items()}
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memopt.errors import InputRefused
+from memopt.tensors import TensorSpec
 from memopt_export.calibrate import Ranges, calibrate, collect_ranges, merge
 from memopt_export.graph import Graph
 from memopt_export.means import Means, Step
+from memopt_export.walk import share_scalars
 from memopt_models.data import Samples
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -159,3 +161,12 @@ def test_memory_does_not_grow_with_samples(net):
 
     collect(graph, [batch] * 150, ["x", graph.outputs[0].name], on_step=resident_bytes)
     assert seen[-1] - seen[9] < 32 * 2**20
+
+
+def test_a_scalar_input_gets_the_one_value_of_all_samples():
+    inputs = (TensorSpec("x", "float32", ("batch", 3)), TensorSpec("rate", "int64", ()))
+    batch = {"x": np.zeros((4, 3), np.float32), "rate": np.full(4, 16000)}
+    feeds = share_scalars(inputs, batch)
+    assert (feeds["rate"].shape, int(feeds["rate"]), feeds["x"].shape) == ((), 16000, (4, 3))
+    with pytest.raises(InputRefused, match="input 'rate' is one number for all samples of a run"):
+        share_scalars(inputs, {**batch, "rate": np.arange(4)})

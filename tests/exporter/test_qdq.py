@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from memopt.accuracy import sqnr_db
-from memopt.errors import InputRefused
 from memopt_export.calibrate import collect_ranges
 from memopt_export.graph import Graph, wire
 from memopt_export.placement import place
@@ -95,11 +94,31 @@ def test_pass_through_operations_share_the_parameters_of_their_input(net, quanti
     assert {pair.input[1] for pair in pairs} == {"x.quantized.scale", "relu.out.quantized.scale"}
 
 
-def test_operations_with_subgraphs_are_refused(net, target):
-    drawn = net(3)
-    drawn.choice()
-    with pytest.raises(InputRefused, match="quantize handles straight graphs only; 'choice' is a If"):
-        place(drawn.graph(), Recipe("int8", target))
+def test_what_a_subgraph_reads_keeps_its_name_and_stays_float(net, quantized, target, samples_of, run):
+    from onnx import TensorProto, helper
+
+    drawn = net(3, 8, 8)
+    drawn.conv(8, name="conv")
+    drawn.op("Relu", name="relu")
+    branches = {
+        branch: helper.make_graph(
+            [helper.make_node(kind, ["relu.out"], [branch])], branch, [],
+            [helper.make_tensor_value_info(branch, TensorProto.FLOAT, ["batch", 8, 8, 8])],
+        )
+        for branch, kind in (("then_branch", "Neg"), ("else_branch", "Abs"))
+    }  # fmt: skip
+    drawn.op("If", drawn.constant("yes", np.asarray(True)), name="choice", **branches)
+    flipped = drawn.last
+    drawn.conv(8, read="relu.out", name="second")
+    drawn.op("Add", drawn.last, flipped)
+    graph = drawn.graph()
+    small = quantized(graph, target)
+    onnx.checker.check_model(small.model, full_check=True)
+    choice = next(node for node in small.model.graph.node if node.name == "choice")
+    assert [each.g.node[0].input[0] for each in choice.attribute] == ["relu.out", "relu.out"]
+    assert writer(wire(small.model), "relu.out") == "Relu"
+    samples = samples_of(graph)
+    assert sqnr_db(run(small, samples), run(graph, samples)) > 30
 
 
 def test_what_has_no_integer_kernel_is_reported(net, target):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from memopt_export.graph import Graph
+from memopt_export.graph import CAPTURED, Graph, wire
 from memopt_export.simplify import simplify
 
 onnx = pytest.importorskip("onnx")
@@ -136,14 +136,87 @@ def test_an_identity_that_names_an_output_stays(net, samples_of, run):
     assert run(graph, samples_of(graph)).shape == (32, 3)
 
 
-def test_subgraphs_only_lose_their_notes(net, samples_of, run):
-    drawn = net(3)
-    drawn.choice()
-    graph = drawn.graph()
-    samples = samples_of(graph)
+def draw_branches(net):
+    """An If whose branches read, from around them: an idle node's output, repeated weights, a folded node's output."""
+    from onnx import TensorProto, helper
+
+    drawn = net(3, 8, 8)
+    drawn.conv(8, name="first", bias=False)
+    ones = [drawn.constant(name, np.ones(8, np.float32)) for name in ("gamma", "beta", "mean", "variance")]
+    drawn.op("BatchNormalization", drawn.last, *ones, name="norm")
+    drawn.op("Identity", name="idle")
+    for name in ("same1", "same2", "unused"):
+        drawn.constant(name, np.full((1, 8, 1, 1), 0.25, np.float32))
+    drawn.op("Mul", drawn.last, "same1", name="mul")
+    branches = {}
+    for branch, weight in (("then_branch", "same1"), ("else_branch", "same2")):
+        scale = helper.make_node("Mul", ["idle.out", weight], [f"{branch}.scaled"], doc_string="exported")
+        inner = helper.make_graph(
+            [helper.make_node("Add", [f"{branch}.scaled", "norm.out"], [f"{branch}.inner"])], "inner", [],
+            [helper.make_tensor_value_info(f"{branch}.inner", TensorProto.FLOAT, None)],
+        )  # fmt: skip
+        nested = helper.make_node("If", ["yes"], [f"{branch}.out"], then_branch=inner, else_branch=inner)
+        returned = helper.make_tensor_value_info(f"{branch}.out", TensorProto.FLOAT, None)
+        branches[branch] = helper.make_graph([scale, nested], branch, [], [returned], doc_string="exported")
+        inner.node[0].name = f"{branch}.add"
+    for graph in branches.values():
+        for value in graph.output:
+            value.type.tensor_type.shape.dim.add().dim_param = "batch"
+    drawn.op("If", drawn.constant("yes", np.asarray(True)), name="choice", **branches)
+    drawn.op("Add", drawn.last, "mul.out", name="sum")
+    return drawn
+
+
+def test_what_subgraphs_read_is_simplified_around_them(net, samples_of, run):
+    drawn = draw_branches(net)
+    graph = Graph(unchecked(drawn), "0" * 64)
     cleaned = simplify(graph)
+    samples = samples_of(graph)
+    assert [node.op_type for node in cleaned.model.graph.node] == ["Conv", "Mul", "If", "Add"]
+    names = {tensor.name for tensor in cleaned.model.graph.initializer}
+    assert names == {"norm.out.weight", "norm.out.bias", "same1", "yes"}
     assert b"exported" not in cleaned.data
-    np.testing.assert_array_equal(run(cleaned, samples), samples.feeds["x"] + 1)
+    np.testing.assert_allclose(run(cleaned, samples), run(graph, samples), rtol=1e-5, atol=1e-5)
+
+
+def unchecked(drawn):
+    """The model without inferred shapes, which nested branches do not give."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = helper.make_graph(
+        drawn.nodes, "net", [helper.make_tensor_value_info("x", TensorProto.FLOAT, drawn.shape)],
+        [helper.make_tensor_value_info(drawn.last, TensorProto.FLOAT, ("batch", 8, 8, 8))],
+        [numpy_helper.from_array(array, name) for name, array in drawn.arrays.items()],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", drawn.opset)], ir_version=8)
+
+
+def test_a_batch_norm_stays_where_a_subgraph_reads_the_convolution(net):
+    drawn = net(3, 8, 8)
+    conv = drawn.conv(8, name="first")
+    ones = [drawn.constant(name, np.ones(8, np.float32)) for name in ("gamma", "beta", "mean", "variance")]
+    drawn.op("BatchNormalization", conv, *ones, name="norm")
+    drawn.op("If", drawn.constant("yes", np.asarray(True)), **{
+        branch: onnx.helper.make_graph(
+            [onnx.helper.make_node("Neg", [conv], [branch])], branch, [],
+            [onnx.helper.make_tensor_value_info(branch, onnx.TensorProto.FLOAT, None)],
+        )
+        for branch in ("then_branch", "else_branch")
+    })  # fmt: skip
+    drawn.op("Add", drawn.last, "norm.out")
+    kinds = [node.op_type for node in simplify(Graph(unchecked(drawn), "0" * 64)).model.graph.node]
+    assert kinds == ["Conv", "BatchNormalization", "If", "Add"]
+
+
+def test_a_read_within_a_subgraph_counts_as_one_by_its_node(net):
+    drawn = draw_branches(net)
+    wiring = wire(unchecked(drawn))
+    (choice,) = [index for index, node in enumerate(wiring.nodes) if node.op_type == "If"]
+    assert wiring.readers["idle.out"] == ((choice - 1, 0), (choice, CAPTURED))
+    assert wiring.readers["norm.out"] == ((choice - 2, 0), (choice, CAPTURED))
+    assert wiring.readers["same2"] == ((choice, CAPTURED),)
+    assert wiring.sole_reader("idle.out") is None
+    assert "then_branch.scaled" not in wiring.readers
 
 
 def test_local_functions_are_written_out(samples_of, run):

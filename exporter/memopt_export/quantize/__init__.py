@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from memopt.errors import InputRefused, UsageError
-from memopt_export.graph import Graph, is_quantized, label, refuse_subgraphs
+from memopt_export.graph import Graph, is_quantized, label
 from memopt_export.means import UNLIMITED, Means, Step
-from memopt_export.quantize import float16, static_int8
+from memopt_export.quantize import dynamic_int8, half, static_int8, weight_only
 from memopt_export.quantize.quantized import Quantized
 from memopt_export.recipe import Recipe
 from memopt_export.simplify import simplify
@@ -20,23 +20,28 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "Means", "Quantized", "Step", "quantize", "to_quantize"]
 
 METHODS: dict[str, Callable[..., Quantized]] = {
-    "fp16": float16.convert,
+    "fp16": half.convert,
+    "bf16": half.convert,
     "int8": static_int8.quantize,
+    "int8-dynamic": dynamic_int8.quantize,
+    "int8-weights": weight_only.quantize,
+    "int4-weights": weight_only.quantize,
 }
 
 
 def quantize(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, means: Means = UNLIMITED) -> Quantized:
-    """The graph in the recipe's precision, named after the recipe; inputs and outputs stay as they are.
+    """The graph in the recipe's precision, named after it; inputs and outputs stay, unless it converts them.
 
     Args:
         graph: a float32 graph; it is left untouched, and simplified first.
         recipe: what to make of it.
-        samples: what to calibrate on. fp16 does without, but then an overflow is not seen.
+        samples: what to calibrate on. fp16 and bf16 do without, but then what leaves their range is not seen; weights
+            alone and int8-dynamic need none.
         means: what the quantization may use, and whom to tell.
 
     Raises:
         UsageError: the recipe has no method, needs samples, or excludes or includes what is not there.
-        InputRefused: the graph is not float32, has subgraphs, or nothing in it can be quantized.
+        InputRefused: the graph is not float32, or nothing in it can be quantized.
     """
     ready = to_quantize(graph, recipe)
     return METHODS[recipe.precision](ready, recipe, samples, means)
@@ -51,7 +56,6 @@ def to_quantize(graph: Graph, recipe: Recipe) -> Graph:
     if recipe.precision not in METHODS:
         raise UsageError(f"{recipe.precision} is not made by quantizing", hint="--precision " + "|".join(METHODS))
     _refuse_quantized(graph)
-    refuse_subgraphs(graph, "quantize")
     graph = simplify(graph)
     _refuse_unknown(graph, recipe)
     return graph

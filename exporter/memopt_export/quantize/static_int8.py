@@ -11,6 +11,7 @@ from memopt_export.correct import choose_weights
 from memopt_export.equalize import equalize
 from memopt_export.graph import Graph
 from memopt_export.means import Means
+from memopt_export.opset import PER_CHANNEL, at_least_opset
 from memopt_export.placement import place
 from memopt_export.qdq import FORMATS, Stored, fused_counts, insert
 from memopt_export.quantize.quantized import Quantized
@@ -18,9 +19,6 @@ from memopt_export.recipe import Recipe
 
 if TYPE_CHECKING:
     from memopt_models.data import Pictures, Samples
-
-# The first opset whose DequantizeLinear knows one scale for each channel.
-PER_CHANNEL_OPSET = 13
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +59,7 @@ def prepare(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, me
     """
     if samples is None:
         raise UsageError("static int8 needs samples to calibrate on", hint="--data SPEC")
-    graph = _at_least_opset(graph, PER_CHANNEL_OPSET)
+    graph = at_least_opset(graph, PER_CHANNEL)
     placement = place(graph, recipe)
     if not placement.layers:
         raise InputRefused("the graph has no Conv, Gemm or MatMul that int8 could serve", hint="--precision fp16")
@@ -74,23 +72,3 @@ def prepare(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, me
         histograms = count(graph, ranges, batches, cuts=pieces)
         ranges = narrow(ranges, histograms, recipe, FORMATS[placement.target].activations)
     return Prepared(graph, ranges, choose_weights(graph, placement, ranges, batches, recipe, means))
-
-
-def _at_least_opset(graph: Graph, opset: int) -> Graph:
-    """The graph in that opset, where its own is older.
-
-    Raises:
-        InputRefused: onnx cannot convert it.
-    """
-    from onnx import version_converter
-
-    current = next((entry.version for entry in graph.model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if current >= opset:
-        return graph
-    try:
-        return graph.with_model(version_converter.convert_version(graph.model, opset))
-    except (version_converter.ConvertError, RuntimeError) as error:
-        raise InputRefused(
-            f"the graph has opset {current}, int8 needs {opset}, and onnx cannot convert it: {error}",
-            hint=f"export it again with opset {opset} or newer",
-        ) from error
