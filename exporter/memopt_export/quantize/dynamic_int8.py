@@ -74,7 +74,7 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | None = None, means
 def _notes(before: Graph, after: Graph) -> tuple[str, ...]:
     small, large = (show_size(sum(graph.weights_bytes().values())) for graph in (after, before))
     return (
-        f"weights take {small} instead of {large}, in the file and in onnxruntime's private memory",
+        f"the file's weights take {small} instead of {large}; onnxruntime holds integers, and packs a copy of them",
         "activations are quantized by the range of the whole batch in each run: what shares a batch shares its steps",
     )
 

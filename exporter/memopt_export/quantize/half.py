@@ -88,7 +88,7 @@ class Format:
 FORMATS = {
     "fp16": Format(
         "float16", float(np.finfo(np.float16).max), float(np.finfo(np.float16).smallest_normal), 1,
-        "onnxruntime computes most of it in float32 on a CPU: private memory and time stay as they are, or grow",
+        "onnxruntime computes most of it in float32 on a CPU: private memory hardly shrinks, and a run takes longer",
     ),
     "bf16": Format(
         "bfloat16", 255 * 2.0**120, float(np.finfo(np.float32).smallest_normal), 22,

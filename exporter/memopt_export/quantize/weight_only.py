@@ -479,12 +479,15 @@ def _without_middle(arrays: dict[str, Array], grid: Grid) -> dict[str, Array]:
 
 def _notes(before: Graph, after: Graph, forms: Counter[str], recipe: Recipe) -> tuple[str, ...]:
     small, large = (show_size(sum(graph.weights_bytes().values())) for graph in (after, before))
-    notes = [f"the file's weights take {small} instead of {large}; activations stay float32"]
+    notes = [f"the file's weights take {small} instead of {large}"]
     if recipe.target == "tensorrt":
-        return (*notes, "an engine keeps the integers, so device memory shrinks by as much")
+        return (*notes, "an engine keeps the integers, so its weights shrink as much; activations stay float32")
     kept, opened = forms["MatMulNBits"] + forms["GatherBlockQuantized"], forms["DequantizeLinear"]
     if kept:
-        notes.append(f"{kept} of {kept + opened} weights stay integers in onnxruntime's private memory too")
+        notes.append(
+            f"{kept} of {kept + opened} weights stay integers in onnxruntime's private memory too; "
+            "products with them round what they read to 8 bits, block by block"
+        )
     if opened:
         notes.append(
             f"{opened} of {kept + opened} weights are dequantized one by one in each run: private memory shrinks too, "
