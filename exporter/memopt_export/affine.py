@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from memopt.tensors import Array
 # the scale of a bias, is still a normal float32.
 SMALLEST_SCALE = np.float32(2.0**-60)
 _LARGEST_BIAS = 2**30
+LARGEST_FLOAT8 = np.float32(448)  # of E4M3, which has no infinity
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +28,14 @@ class Affine:
     axis: int | None = None
 
     def quantize(self, values: Array) -> Array:
-        """The nearest integers, ties to even, saturated at the dtype's ends, as ONNX's QuantizeLinear does."""
+        """The nearest integers, ties to even, saturated at the dtype's ends, as ONNX's QuantizeLinear does.
+
+        Where the zero point is a float of 8 bits, the nearest of these.
+        """
         scale, zero_point = self._along(self.scale, values), self._along(self.zero_point, values)
+        if self.zero_point.dtype.kind not in "iu":
+            shares = np.asarray(values, np.float32) / scale
+            return shares.clip(-LARGEST_FLOAT8, LARGEST_FLOAT8).astype(self.zero_point.dtype)
         integers = np.iinfo(self.zero_point.dtype)
         steps: Array = np.rint(np.asarray(values, np.float32) / scale) + zero_point
         return steps.clip(integers.min, integers.max).astype(self.zero_point.dtype)
@@ -35,6 +43,8 @@ class Affine:
     def dequantize(self, integers: Array) -> Array:
         """The float32 values that the integers stand for."""
         scale, zero_point = self._along(self.scale, integers), self._along(self.zero_point, integers)
+        if self.zero_point.dtype.kind not in "iu":
+            return np.asarray(integers.astype(np.float32) * scale)
         return (integers.astype(np.int32) - zero_point.astype(np.int32)).astype(np.float32) * scale
 
     def _along(self, parameter: Array, values: Array) -> Array:
@@ -83,6 +93,31 @@ def symmetric_int8_channels(weight: Array, *, axis: int, largest: int = 127) -> 
     others = tuple(other for other in range(weight.ndim) if other != axis)
     scale = np.maximum(np.abs(weight).max(axis=others).astype(np.float32) / np.float32(largest), SMALLEST_SCALE)
     return Affine(scale, np.zeros(scale.shape, np.int8), axis)
+
+
+def float8(minimum: float, maximum: float) -> Affine:
+    """Floats of 8 bits (E4M3), the largest of which stands for the farther end.
+
+    >>> affine = float8(-1.0, 448.0)
+    >>> float(affine.scale), affine.dequantize(affine.quantize(np.float32([1.0, 1.06, -500.0]))).tolist()
+    (1.0, [1.0, 1.0, -448.0])
+    """
+    scale = max(np.float32(max(abs(minimum), abs(maximum)) / LARGEST_FLOAT8), SMALLEST_SCALE)
+    return Affine(np.asarray(scale), np.zeros((), _float8_dtype()))
+
+
+def float8_channels(weight: Array, *, axis: int, largest: int = 127) -> Affine:
+    """The same for each channel of `weight` along `axis`; `largest` is for integers and means nothing."""
+    integers = symmetric_int8_channels(weight, axis=axis, largest=127)
+    scale = np.maximum(integers.scale * np.float32(127) / LARGEST_FLOAT8, SMALLEST_SCALE)
+    return Affine(scale, np.zeros(scale.shape, _float8_dtype()), axis)
+
+
+def _float8_dtype() -> np.dtype[Any]:
+    import ml_dtypes
+
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.float8_e4m3fn)
+    return dtype
 
 
 def bias_scale(input_affine: Affine, weight_affine: Affine) -> Array:

@@ -17,7 +17,7 @@ import numpy as np
 
 from memopt.tensors import Array
 from memopt_export.activation import Activation, behind
-from memopt_export.affine import Affine, bias_scale, quantize_bias, with_room_for_bias
+from memopt_export.affine import LARGEST_FLOAT8, Affine, bias_scale, quantize_bias, with_room_for_bias
 from memopt_export.calibrate import Ranges
 from memopt_export.gptq import round_in_order
 from memopt_export.graph import Graph, Wiring, wire
@@ -31,7 +31,7 @@ from memopt_export.walk import Walk
 # Rows of a layer's inputs that give its moments: this many for each input, within these ends.
 _ROWS_PER_INPUT, _FEWEST_ROWS, _MOST_ROWS = 4, 4096, 16384
 # Rows on which outputs are compared, and what they may take.
-_COMPARED_ROWS, _COMPARED_BYTES = 4096, 64 * 2**20
+_COMPARED_ROWS, _COMPARED_BYTES = 4096, 32 * 2**20
 # Inputs whose moments are taken together; a layer with more is rounded in parts, since the cost is their third power.
 _MOST_INPUTS = 1536
 _ROUNDS = 3  # of the correction of a bias; the function behind is not linear
@@ -68,7 +68,7 @@ def choose_weights(
             walks.advance(layer.index, simulation)
             inputs = input_affine(layer, wiring, placement, ranges)
             start = nearest(layer, wiring, placement, ranges, largest=largest)
-            work = _Work(layer, wiring, simulation, inputs, largest, int32_bias=FORMATS[placement.target].int32_bias)
+            work = _Work(layer, wiring, simulation, inputs, largest, int32_bias=FORMATS[placement.form].int32_bias)
             chosen[layer.index] = stored = _choose(
                 work, walks, len(batches), start, rounds_in_order=recipe.correction == "gptq"
             )
@@ -119,7 +119,7 @@ def _choose(work: _Work, walks: _Walks, batches: int, start: Stored, *, rounds_i
     geometry = Geometry.of(node, weight, work.layer.axis)
     matrix = geometry.matrix(weight)
     bias = np.zeros(matrix.shape[0] * matrix.shape[1], np.float32) if bias is None else bias
-    parts = _parts(matrix.shape[2]) if rounds_in_order else None
+    parts = parts_of(matrix.shape[2]) if rounds_in_order else None
     found = _look(work, walks, geometry, matrix, batches, parts)
     stored = start
     if parts is not None:
@@ -150,7 +150,7 @@ def _look(work: _Work, walks: _Walks, geometry: Geometry, matrix: Array, batches
     shape = (groups * (parts or 1), inputs // (parts or 1))
     moments = np.zeros((shape[0], shape[1], shape[1]) if parts else (0, 0, 0))
     wanted = min(max(_ROWS_PER_INPUT * inputs, _FEWEST_ROWS), _MOST_ROWS)
-    kept = max(min(_COMPARED_ROWS, _COMPARED_BYTES // (4 * groups * inputs)), 1)
+    kept = compared_rows(groups * inputs)
     index = work.layer.index
     names = work.wiring.nodes[index].input[0], walks.quantized.reads(work.simulation.positions[index])
     rng = np.random.default_rng(index)
@@ -167,11 +167,16 @@ def _look(work: _Work, walks: _Walks, geometry: Geometry, matrix: Array, batches
     return _Found(moments, np.concatenate(rows, axis=1), np.concatenate(expected))
 
 
+def compared_rows(inputs: int) -> int:
+    """On how many rows of so many inputs, those of all groups together, a layer's outputs are compared."""
+    return max(min(_COMPARED_ROWS, _COMPARED_BYTES // (4 * inputs)), 1)
+
+
 def _second_moments(rows: Array) -> Array:
     return np.asarray(rows.swapaxes(1, 2) @ rows)
 
 
-def _parts(inputs: int) -> int | None:
+def parts_of(inputs: int) -> int | None:
     """Into how many equal parts a layer's inputs are divided; None where they are too many and do not divide."""
     least = -(-inputs // _MOST_INPUTS)
     return next((parts for parts in range(least, 4 * least + 1) if inputs % parts == 0), None)
@@ -184,8 +189,13 @@ def _round(matrix: Array, affine: Affine, moments: Array, largest: int) -> Array
     steps: Array = affine.scale.astype(np.float64).reshape(groups, 1, outputs, 1)
     scale = steps.repeat(parts, axis=1).reshape(-1, outputs, 1)
 
+    dtype = affine.zero_point.dtype
+
     def store(weights: Array, _inputs: Array) -> Array:
-        return np.asarray((weights / scale).round().clip(-largest, largest) * scale)
+        steps = weights / scale
+        if dtype.kind in "iu":
+            return np.asarray(steps.round().clip(-largest, largest) * scale)
+        return np.asarray(steps.clip(-LARGEST_FLOAT8, LARGEST_FLOAT8).astype(dtype).astype(np.float64) * scale)
 
     split = matrix.reshape(groups, outputs, parts, -1).swapaxes(1, 2).reshape(groups * parts, outputs, -1)
     rounded = round_in_order(split, moments, store)

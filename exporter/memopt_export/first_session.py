@@ -238,22 +238,30 @@ def _is_known(value: onnx.ValueInfoProto) -> bool:
 
 
 def _open_session(path: Path) -> None:
-    """Opens the model as `run_graph` will; an operator without a kernel on this CPU may have one elsewhere."""
+    """Opens the model as `run_graph` will; an operator without a kernel on this CPU may have one elsewhere.
+
+    Where the optimizer fails on a type that it does not know, as on floats of 8 bits, the model as it stands is opened.
+    """
     import onnxruntime
     from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors are raised
-    options.intra_op_num_threads = 1
-    try:
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except NoKernel:
-        return
-    except library_errors() as error:
-        text = first_line(error)
-        if "alloc" in text.lower():
-            raise MemoryError(text) from error
-        raise InputRefused(f"cannot be opened by onnxruntime: {text}") from error
+    levels = onnxruntime.GraphOptimizationLevel
+    for level in (levels.ORT_ENABLE_ALL, levels.ORT_DISABLE_ALL):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = level
+        options.log_severity_level = 3  # errors are raised
+        options.intra_op_num_threads = 1
+        try:
+            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return
+        except NoKernel:
+            return
+        except library_errors() as error:
+            text = first_line(error)
+            if "alloc" in text.lower():
+                raise MemoryError(text) from error
+            if level == levels.ORT_DISABLE_ALL or "/optimizer/" not in text:
+                raise InputRefused(f"cannot be opened by onnxruntime: {text}") from error
 
 
 if __name__ == "__main__":

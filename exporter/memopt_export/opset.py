@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 OWN = ("", "ai.onnx")
 # The first whose DequantizeLinear knows one scale for each channel.
 PER_CHANNEL = 13
+# The first whose QuantizeLinear makes floats of 8 bits.
+FLOAT8 = 19
 # The first whose DequantizeLinear knows blocks, and 4-bit integers.
 BLOCKWISE = 21
 # Initializers up to this many elements may be shapes, axes or scales, whose values a conversion reads.

@@ -46,7 +46,7 @@ class Placement:
     """Which tensors are quantized, and who reads the dequantized value.
 
     Attributes:
-        target: for whom.
+        form: for whom, and in which numbers: the recipe's.
         layers: in the graph's order.
         ranges_of: each quantized tensor, and the tensor whose range it takes.
         reads: the reads of a quantized tensor that go through Q/DQ; all others get the float value.
@@ -55,7 +55,7 @@ class Placement:
         kept_float: names of all float nodes with weights.
     """
 
-    target: str
+    form: str
     layers: tuple[Layer, ...]
     ranges_of: dict[str, str]
     reads: frozenset[Read]
@@ -83,11 +83,11 @@ def place(graph: Graph, recipe: Recipe) -> Placement:
         and recipe.includes(label(node), node.op_type)
         and (axis := _channel_axis(node, wiring)) is not None
     }
-    reads, outputs = PLACES[recipe.target](wiring, layers, kept)
+    reads, outputs = PLACES[recipe.form](wiring, layers, kept)
     quantized = {wiring.nodes[index].input[slot] for index, slot in reads} | outputs
     floats = [i for i, node in enumerate(wiring.nodes) if has_weight(node, wiring) and i not in layers]
     return Placement(
-        recipe.target,
+        recipe.form,
         tuple(layers.values()),
         {
             tensor: _origin(tensor, wiring)
@@ -266,4 +266,5 @@ def _residual_side(add: onnx.NodeProto, wiring: Wiring, layers: Collection[int])
 PLACES: dict[str, Callable[[Wiring, Collection[int], Collection[int]], tuple[set[Read], set[str]]]] = {
     "cpu": _place_on_cpu,
     "tensorrt": _place_for_tensorrt,
+    "fp8": _place_for_tensorrt,
 }

@@ -15,6 +15,8 @@ from memopt_export.affine import (
     Affine,
     asymmetric_uint8,
     bias_scale,
+    float8,
+    float8_channels,
     quantize_bias,
     symmetric_int8,
     symmetric_int8_channels,
@@ -37,21 +39,23 @@ FUSED = frozenset({
 
 @dataclass(frozen=True)
 class Format:
-    """The integers that a target takes."""
+    """The integers, or floats of 8 bits, that a target takes."""
 
     activations: Callable[[float, float], Affine]
+    weights: Callable[..., Affine]
     int32_bias: bool
 
 
 FORMATS = {
-    "cpu": Format(asymmetric_uint8, int32_bias=True),
-    "tensorrt": Format(symmetric_int8, int32_bias=False),
+    "cpu": Format(asymmetric_uint8, symmetric_int8_channels, int32_bias=True),
+    "tensorrt": Format(symmetric_int8, symmetric_int8_channels, int32_bias=False),
+    "fp8": Format(float8, float8_channels, int32_bias=False),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """What a quantized layer holds: int8 weights with their affine, and the bias in float32, (channels,) or None."""
+    """What a quantized layer holds: 8-bit weights with their affine, and the bias in float32, (channels,) or None."""
 
     integers: Array
     affine: Affine
@@ -105,8 +109,8 @@ def nearest(layer: Layer, wiring: Wiring, placement: Placement, ranges: Ranges, 
     """The layer's weights rounded to nearest, with steps that leave room for its bias where that is int32."""
     node = wiring.nodes[layer.index]
     weight, bias = float_weights(node, wiring)
-    affine = symmetric_int8_channels(weight, axis=layer.axis, largest=largest)
-    if bias is not None and FORMATS[placement.target].int32_bias:
+    affine = FORMATS[placement.form].weights(weight, axis=layer.axis, largest=largest)
+    if bias is not None and FORMATS[placement.form].int32_bias:
         affine = with_room_for_bias(affine, bias, input_affine(layer, wiring, placement, ranges))
     return Stored(affine.quantize(weight), affine, bias)
 
@@ -123,7 +127,7 @@ def float_weights(node: onnx.NodeProto, wiring: Wiring) -> tuple[Array, Array | 
 def input_affine(layer: Layer, wiring: Wiring, placement: Placement, ranges: Ranges) -> Affine:
     """How the layer's input is quantized."""
     origin = placement.ranges_of[wiring.nodes[layer.index].input[0]]
-    return FORMATS[placement.target].activations(*ranges.bounds[origin])
+    return FORMATS[placement.form].activations(*ranges.bounds[origin])
 
 
 def fused_counts(data: bytes) -> tuple[int, int]:
@@ -221,7 +225,7 @@ class _Insertion:
 
     @property
     def _format(self) -> Format:
-        return FORMATS[self.placement.target]
+        return FORMATS[self.placement.form]
 
     def _guard(self, node: onnx.NodeProto) -> None:
         """Keeps a float layer's weights float: ONNX Runtime's WeightBiasQuantization makes them int8 with one scale.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from memopt.errors import UsageError
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights", "fp8")
 TARGETS = ("cpu", "tensorrt")
 CALIBRATIONS = ("mse", "minmax", "percentile", "entropy")
 CORRECTIONS = ("gptq", "bias", "none")
@@ -59,6 +59,8 @@ class Recipe:
             raise UsageError(
                 f"int8-dynamic has no form for {self.target}", hint="--target cpu, or --precision int8-weights"
             )
+        if self.precision == "fp8" and self.target != "tensorrt":
+            raise UsageError(f"fp8 has no kernels on {self.target}", hint="--target tensorrt, for GPUs from sm89 on")
         if not 50 <= self.percentile <= 100:
             raise UsageError(f"percentile is {self.percentile:g}", hint="50 to 100, such as 99.999")
         if self.group_size not in GROUP_SIZES:
@@ -79,6 +81,11 @@ class Recipe:
             else self.precision
         )
 
+    @property
+    def form(self) -> str:
+        """Where Q/DQ stand and what they make: "cpu", "tensorrt" or "fp8"."""
+        return "fp8" if self.precision == "fp8" else self.target
+
     def excludes(self, name: str, operator: str) -> bool:
         """Whether the node of this name and operator stays float in any case."""
         return name in self.exclude or operator in self.exclude
@@ -98,7 +105,7 @@ def parse(name: str) -> Recipe:
     ('tensorrt', 'cpu')
     """
     precision = name.removesuffix("-tensorrt")
-    target = "cpu" if precision == name else "tensorrt"
+    target = "cpu" if precision == name != "fp8" else "tensorrt"
     return Recipe(precision, target, group_size=default_group_size(precision))
 
 

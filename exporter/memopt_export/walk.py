@@ -136,10 +136,18 @@ class Walk:
         return [name] if node is None else self._origins(node.input[0])
 
     def _dequantizer(self, name: str) -> onnx.NodeProto | None:
+        """The DequantizeLinear that writes the tensor from int8 or uint8; numpy knows no smaller floats."""
+        from onnx import TensorProto
+
         writer = self._wiring.writer.get(name)
         node = self._wiring.nodes[writer] if writer is not None else None
-        cheap = node is not None and node.op_type == "DequantizeLinear" and self._wiring.is_constant(node.input[1])
-        return node if cheap and node is not None and node.input[0] not in self._wiring.initializers else None
+        if node is None or node.op_type != "DequantizeLinear" or node.input[0] in self._wiring.initializers:
+            return None
+        constants = [self._wiring.initializers.get(each) for each in node.input[1:]]
+        known = len(constants) == 2 and all(each is not None for each in constants)
+        zero_point = constants[-1]
+        integers = known and zero_point is not None and zero_point.data_type in (TensorProto.INT8, TensorProto.UINT8)
+        return node if integers else None
 
     def _is_input(self, name: str) -> bool:
         return name in self._inputs

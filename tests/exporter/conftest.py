@@ -156,7 +156,7 @@ def run():
 
 @pytest.fixture(scope="session")
 def build_engine():
-    """A function that builds a TensorRT-RTX engine for SM86, without a GPU, and returns its size in bytes."""
+    """A function that builds a TensorRT-RTX engine for SM89, without a GPU, and returns its size in bytes."""
     trt = pytest.importorskip("tensorrt_rtx")
 
     class Log(trt.ILogger):
@@ -175,7 +175,7 @@ def build_engine():
         assert trt.OnnxParser(network, log).parse(graph.data), log.errors
         config = builder.create_builder_config()
         config.num_compute_capabilities = 1
-        config.set_compute_capability(trt.ComputeCapability.SM86, 0)
+        config.set_compute_capability(trt.ComputeCapability.SM89, 0)
         profile = builder.create_optimization_profile()
         for spec in graph.inputs:
             profile.set_shape(spec.name, spec.at_batch(1), spec.at_batch(largest), spec.at_batch(largest))

@@ -11,7 +11,7 @@ from memopt_export.correct import choose_weights
 from memopt_export.equalize import equalize
 from memopt_export.graph import Graph
 from memopt_export.means import Means
-from memopt_export.opset import PER_CHANNEL, at_least_opset
+from memopt_export.opset import FLOAT8, PER_CHANNEL, at_least_opset
 from memopt_export.placement import place
 from memopt_export.qdq import FORMATS, Stored, fused_counts, insert
 from memopt_export.quantize.quantized import Quantized
@@ -59,7 +59,7 @@ def prepare(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, me
     """
     if samples is None:
         raise UsageError("static int8 needs samples to calibrate on", hint="--data SPEC")
-    graph = at_least_opset(graph, PER_CHANNEL)
+    graph = at_least_opset(graph, FLOAT8 if recipe.precision == "fp8" else PER_CHANNEL)
     placement = place(graph, recipe)
     if not placement.layers:
         raise InputRefused("the graph has no Conv, Gemm or MatMul that int8 could serve", hint="--precision fp16")
@@ -70,5 +70,5 @@ def prepare(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, me
     ranges = calibrate(graph, placement.tensors, samples, means)
     if recipe.calibration != "minmax":
         histograms = count(graph, ranges, batches, cuts=pieces)
-        ranges = narrow(ranges, histograms, recipe, FORMATS[placement.target].activations)
+        ranges = narrow(ranges, histograms, recipe, FORMATS[placement.form].activations)
     return Prepared(graph, ranges, choose_weights(graph, placement, ranges, batches, recipe, means))
