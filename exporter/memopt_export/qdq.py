@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     import onnx
 
 # What ONNX Runtime calls a layer that it computes in integers.
-FUSED = frozenset({"QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat"})
+FUSED = frozenset({
+    "QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul", "DynamicQuantizeLSTM",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)

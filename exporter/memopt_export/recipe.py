@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 from memopt.errors import UsageError
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights")
 TARGETS = ("cpu", "tensorrt")
 CALIBRATIONS = ("mse", "minmax", "percentile", "entropy")
 CORRECTIONS = ("gptq", "bias", "none")
 # Precisions whose graph depends on the target.
-_TARGETED = frozenset({"int8"})
+_TARGETED = frozenset({"int8", "int8-dynamic", "int8-weights", "int4-weights"})
+# Weights that may share a scale; 0: a whole channel.
+GROUP_SIZES = (0, 16, 32, 64, 128, 256)
+# Precisions for which a recipe known by name alone has groups: 4 bits are too few for a whole channel.
+_GROUP_SIZE = {"int4-weights": 32}
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,9 @@ class Recipe:
         weight_bits: of integer layers: 8, or 7 for CPUs without VNNI, whose 16-bit sums saturate.
         exclude: names of nodes, or operators, that stay float.
         include: names of layers, or operators; where there are any, all other layers stay float.
+        group_size: of weight-only precisions: inputs that share a scale, one of GROUP_SIZES; 0 is a whole channel, or
+            what comes nearest to it where the target's kernels know blocks only.
+        convert_io: of fp16 and bf16: whether the graph's own inputs and outputs become halves too.
     """
 
     precision: str
@@ -39,13 +46,21 @@ class Recipe:
     weight_bits: int = 8
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
+    group_size: int = 0
+    convert_io: bool = False
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} {getattr(self, name)!r} is not known", hint="one of " + ", ".join(known))
+        if self.precision == "int8-dynamic" and self.target != "cpu":
+            raise UsageError(
+                f"int8-dynamic has no form for {self.target}", hint="--target cpu, or --precision int8-weights"
+            )
         if not 50 <= self.percentile <= 100:
             raise UsageError(f"percentile is {self.percentile:g}", hint="50 to 100, such as 99.999")
+        if self.group_size not in GROUP_SIZES:
+            raise UsageError(f"group_size is {self.group_size}", hint="one of " + ", ".join(map(str, GROUP_SIZES)))
         if self.weight_bits not in (7, 8):
             raise UsageError(f"weight_bits is {self.weight_bits}", hint="8, or 7 for CPUs without VNNI")
 
@@ -81,4 +96,14 @@ def parse(name: str) -> Recipe:
     ('tensorrt', 'cpu')
     """
     precision = name.removesuffix("-tensorrt")
-    return Recipe(precision, "cpu" if precision == name else "tensorrt")
+    target = "cpu" if precision == name else "tensorrt"
+    return Recipe(precision, target, group_size=default_group_size(precision))
+
+
+def default_group_size(precision: str) -> int:
+    """The group size where nobody chose one.
+
+    >>> default_group_size("int4-weights"), default_group_size("int8-weights")
+    (32, 0)
+    """
+    return _GROUP_SIZE.get(precision, 0)

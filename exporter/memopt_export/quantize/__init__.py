@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from memopt.errors import InputRefused, UsageError
 from memopt_export.graph import Graph, is_quantized, label, refuse_subgraphs
 from memopt_export.means import UNLIMITED, Means, Step
-from memopt_export.quantize import float16, static_int8
+from memopt_export.quantize import dynamic_int8, half, static_int8, weight_only
 from memopt_export.quantize.quantized import Quantized
 from memopt_export.recipe import Recipe
 from memopt_export.simplify import simplify
@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "Means", "Quantized", "Step", "quantize"]
 
 METHODS: dict[str, Callable[..., Quantized]] = {
-    "fp16": float16.convert,
+    "fp16": half.convert,
+    "bf16": half.convert,
     "int8": static_int8.quantize,
+    "int8-dynamic": dynamic_int8.quantize,
+    "int8-weights": weight_only.quantize,
+    "int4-weights": weight_only.quantize,
 }
 
 
