@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from memopt.errors import InputRefused, UsageError
 from memopt_export.graph import Graph, is_quantized, label, refuse_subgraphs
 from memopt_export.means import UNLIMITED, Means, Step
+from memopt_export.provenance import provenance
 from memopt_export.quantize import dynamic_int8, half, static_int8, weight_only
 from memopt_export.quantize.quantized import Quantized
 from memopt_export.recipe import Recipe
 from memopt_export.simplify import simplify
 
 if TYPE_CHECKING:
-    from memopt_models.data import Samples
+    from memopt_models.data import Pictures, Samples
 
 __all__ = ["METHODS", "Means", "Quantized", "Step", "quantize"]
 
@@ -29,7 +31,7 @@ METHODS: dict[str, Callable[..., Quantized]] = {
 }
 
 
-def quantize(graph: Graph, recipe: Recipe, samples: Samples | None, means: Means = UNLIMITED) -> Quantized:
+def quantize(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, means: Means = UNLIMITED) -> Quantized:
     """The graph in the recipe's precision, named after the recipe; inputs and outputs stay as they are.
 
     Args:
@@ -48,7 +50,9 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | None, means: Means
     refuse_subgraphs(graph, "quantize")
     graph = simplify(graph)
     _refuse_unknown(graph, recipe)
-    return METHODS[recipe.precision](graph, recipe, samples, means)
+    done = METHODS[recipe.precision](graph, recipe, samples, means)
+    told = provenance(recipe, samples if done.ranges is not None else None)
+    return replace(done, graph=replace(done.graph, quantization=told))
 
 
 def _refuse_quantized(graph: Graph) -> None:
