@@ -231,7 +231,7 @@ def _compare(graph: Graph, quantized: Graph, samples: Samples | Pictures, means:
 def _pairs(graph: Graph, quantized: Graph, batches: Iterable[Mapping[str, Array]]) -> Iterator[tuple[Array, Array]]:
     """The first output of the quantized graph and of the float one, for each batch.
 
-    Halves are emulated: on a CPU, ONNX Runtime computes fp16 in float32, so that no overflow is seen, and bf16 not at all.
+    Halves are emulated: on a CPU, ONNX Runtime computes fp16 in float32, which hides overflow, and bf16 not at all.
     """
     halves = quantized.precision in _HALVES
     run = half.emulated(quantized) if halves else quantized
