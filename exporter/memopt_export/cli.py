@@ -16,6 +16,8 @@ import click
 from memopt import __version__
 from memopt.errors import AnswerIsNo, InputRefused, MemoptError, OutOfResource, UsageError, first_line, printable
 from memopt.sizes import parse_size
+from memopt_export.means import UNLIMITED
+from memopt_export.recipe import CALIBRATIONS, CORRECTIONS, PRECISIONS
 
 PROGRAM = "memopt-export"
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -55,6 +57,7 @@ _trust_engines = click.option(
     help="Run engines though no --key signed the bundle. Engines are code; for bundles that you made.",
 )
 _DATA = "digits, mnist, fashion-mnist, cifar10, images:DIR, FILE.npz or pkg.mod:function."
+_PRECISIONS = tuple(name for name in PRECISIONS if name != "fp32")
 _training_data = click.option("--data", default="digits", show_default=True, help=_DATA)
 
 
@@ -101,6 +104,42 @@ class _Size(click.ParamType[int]):
             return parse_size(value)
         except UsageError as error:
             self.fail(str(error), param, ctx)
+
+
+def _quantizing(command: _Command) -> _Command:
+    """The options of `quantize` that say how. None has a default here: a recipe file may say it."""
+    number, share = click.IntRange(min=1), click.FloatRange(min=0)
+    for option in reversed((
+        click.option("--precision", help=f"{', '.join(_PRECISIONS)}.  [default: int8]"),
+        click.option("--target", help="cpu (ONNX Runtime) or tensorrt: which integers stand where.  [default: cpu]"),
+        click.option("--data", help=f"Its train split calibrates, never invented; validation judges. {_DATA}"),
+        click.option("--samples", type=number, help="How many calibrate, at most.  [default: 256]"),
+        click.option("--seed", type=click.IntRange(min=0), help="Of the draw of the samples.  [default: 0]"),
+        click.option("--batch-size", type=number, help=f"Samples in one run.  [default: {UNLIMITED.batch_size}]"),
+        click.option("--calibration", help=f"Of ranges: {', '.join(CALIBRATIONS)}.  [default: mse]"),
+        click.option("--percentile", type=float, help="For --calibration percentile, 50 to 100.  [default: 99.999]"),
+        click.option("--correction", help=f"Of rounded weights: {', '.join(CORRECTIONS)}.  [default: gptq]"),
+        click.option("--weight-bits", type=int, help="Of integer layers: 8, or 7 without VNNI.  [default: 8]"),
+        click.option(
+            "--group-size", type=int,
+            help="Inputs that share a scale in weight-only precisions; 0: a channel.  [default: 32 for int4, else 0]",
+        ),
+        click.option("--convert-io/--keep-io", default=None, help="fp16 and bf16: inputs and outputs too, or not."),
+        click.option("--exclude", multiple=True, metavar="NAME", help="Node or operator that stays float; repeatable."),
+        click.option("--include", multiple=True, metavar="NAME", help="Layer or operator; all others stay float."),
+        click.option("--max-drop", type=share, metavar="PP", help="Keep layers float until top-1 drops by less."),
+        click.option("--min-sqnr", type=float, metavar="DB", help="Keep layers float until the SQNR is at least this."),
+        click.option("--sensitivity", is_flag=True, help="Rank the layers by what the result gains without each."),
+        click.option("--memory-limit", type=_Size(), metavar="SIZE", help="The process holds no more, such as 1GiB."),
+        click.option("--recipe", type=click.Path(path_type=Path), help="TOML file that says all of the above."),
+        click.option("--save-recipe", type=click.Path(path_type=Path), help="Write it, as it was used in the end."),
+        click.option(
+            "--no-measure", "measure", is_flag=True, flag_value=False, default=True,
+            help="Skip latency and memory, which take two processes and some seconds.",
+        ),
+    )):  # fmt: skip
+        command = option(command)
+    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -235,28 +274,27 @@ def export(
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--precision", default="int8", show_default=True, help="int8 or fp16.")
-@click.option("--target", default="cpu", show_default=True, help="cpu (ONNX Runtime) or tensorrt: where Q/DQ stand.")
-@click.option("--data", help=f"Calibration data, never invented. {_DATA}")
-@click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True, help="How many calibrate.")
-@click.option("--exclude", multiple=True, metavar="NODE", help="Node that stays float; may be given several times.")
-@_seed
+@_quantizing
+@click.option("--strict", is_flag=True, help="Exit with 1 where the result is flagged; it is written all the same.")
 @_output
 @_data_root
 @_force
 @_json
-def quantize(
-    model: Path, precision: str, target: str, data: str | None, samples: int, exclude: Sequence[str], seed: int,
-    output: Path, data_root: Path | None, force: bool, as_json: bool,
-) -> None:  # fmt: skip
-    """Quantize MODEL, an .onnx file."""
+def quantize(model: Path, output: Path, strict: bool, as_json: bool, **asked: Any) -> None:
+    """Quantize MODEL, an .onnx file, and hold the result against it on data that calibrated nothing.
+
+    What is slower than the float graph, larger in private memory or on disk, below 10 dB, or mostly unfused is flagged.
+    """
     from memopt_export import commands, console
 
-    saved = commands.quantize(
-        model, precision, target, data, output,
-        samples=samples, seed=seed, exclude=exclude, data_root=data_root, force=force,
-    )  # fmt: skip
+    with console.quantizing() as listener:
+        saved = commands.quantize(
+            model, output, commands.QuantizeRequest(**asked), on_step=listener.on_step, say=listener.say
+        )
     console.show(saved, as_json=as_json)
+    refusal = saved.refusal(strict=strict)
+    if refusal is not None:
+        raise _Shown(refusal)
 
 
 @cli.command()

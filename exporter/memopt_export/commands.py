@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt import machine
-from memopt.accuracy import agreement, finite, max_difference, sqnr_db
+from memopt.accuracy import max_difference
 from memopt.bundle import Bundle, open_bundle
 from memopt.compare import cells, compare, subjects
 from memopt.errors import InputRefused, MemoptError, UsageError, first_line
@@ -24,11 +24,18 @@ from memopt.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from memopt_export import pack as packing
+    from memopt_export.budget import Sensitivity
     from memopt_export.from_torch import Parity
+    from memopt_export.graph import Graph
+    from memopt_export.judge import Verdict
+    from memopt_export.means import Means, Step
     from memopt_export.pipeline import Result
     from memopt_export.plan import Plan
+    from memopt_export.quantize import Quantized
+    from memopt_export.recipe import Recipe, RecipeFile
     from memopt_export.stages import Outcome
     from memopt_models.checkpoint import Checkpoint
+    from memopt_models.data import Pictures, Samples
     from memopt_models.distill import DistillSettings
     from memopt_models.prune import PruneSettings
     from memopt_models.train import OnStep, TrainSettings
@@ -61,20 +68,71 @@ class SavedGraph:
 
 
 @dataclass(frozen=True)
+class QuantizeRequest:
+    """What is asked of `quantize`. What is None or empty was not said: the recipe file says it, or the default holds.
+
+    The first fields are those of `memopt_export.recipe.RecipeFile`, and go before what the file `recipe` says.
+    """
+
+    precision: str | None = None
+    target: str | None = None
+    data: str | None = None
+    samples: int | None = None
+    seed: int | None = None
+    batch_size: int | None = None
+    calibration: str | None = None
+    percentile: float | None = None
+    correction: str | None = None
+    weight_bits: int | None = None
+    group_size: int | None = None
+    convert_io: bool | None = None
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    recipe: Path | None = None
+    save_recipe: Path | None = None
+    max_drop: float | None = None  # percentage points of top-1
+    min_sqnr: float | None = None  # dB
+    sensitivity: bool = False
+    memory_limit: int | None = None  # bytes
+    measure: bool = True
+    data_root: Path | None = None
+    force: bool = False
+
+    @property
+    def needs_data(self) -> str | None:
+        """The first option that means nothing without samples."""
+        options = {
+            "--max-drop": self.max_drop, "--min-sqnr": self.min_sqnr, "--sensitivity": self.sensitivity or None,
+            "--memory-limit": self.memory_limit,
+        }  # fmt: skip
+        return next((name for name, value in options.items() if value is not None), None)
+
+
+@dataclass(frozen=True)
 class SavedQuantized:
-    """A quantized graph on disk, held against the float one on samples that did not calibrate it."""
+    """A quantized graph on disk, held against the float one on samples that did not calibrate it.
+
+    `recipe` is what made it: the layers that a budget kept in float are excluded in it. `holds` is None without one.
+    """
 
     path: str
     precision: str
-    before_bytes: int
-    size_bytes: int
     sha256: str
-    fused: tuple[int, int] | None
+    recipe: RecipeFile
+    calibrated: str | None
     kept_float: tuple[str, ...]
-    calibration: str | None
-    samples: int
-    sqnr_db: float | None
-    agreement: float | None
+    notes: tuple[str, ...]
+    verdict: Verdict
+    ranking: tuple[Sensitivity, ...] = ()
+    holds: bool | None = None
+    reached: str | None = None
+    recipe_path: str | None = None
+
+    def refusal(self, *, strict: bool) -> str | None:
+        """Why the answer is no; None where it is yes. Flags count where one is strict."""
+        if self.holds is False:
+            return f"the budget does not hold: {self.reached}"
+        return f"--strict: {'; '.join(self.verdict.flags)}" if strict and self.verdict.flags else None
 
 
 @dataclass(frozen=True)
@@ -254,45 +312,55 @@ def export(
 
 
 def quantize(
-    model: Path, precision: str, target: str, data: str | None, output: Path, *, samples: int, seed: int,
-    exclude: Sequence[str] = (), data_root: Path | None = None, force: bool = False,
+    model: Path, output: Path, request: QuantizeRequest, *,
+    on_step: Callable[[Step], None] | None = None, say: Callable[[str], None] | None = None,
 ) -> SavedQuantized:  # fmt: skip
-    """A quantized graph, and how far its outputs are from the float graph's on validation samples."""
-    from memopt_export import quantize as quantizing
-    from memopt_export.graph import load_graph, run_graph, save_graph
-    from memopt_export.recipe import Recipe
-    from memopt_models.data import open_samples
+    """A quantized graph, and the verdict on it on validation samples; `say` is told what memory it will need."""
+    from memopt_export import judge
+    from memopt_export.graph import load_graph, save_graph
+    from memopt_export.means import Means
+    from memopt_export.recipe import save_recipe
+    from memopt_models.data import open_samples, stream_samples
 
-    refuse_to_overwrite(output, force=force)
-    _refuse_own_input(output, [model])
-    recipe, graph = Recipe(precision, target, exclude=tuple(exclude)), load_graph(model)
-    calibration = judged = None
-    if data is not None:
-        given = partial(open_samples, data, inputs=graph.inputs, root=data_root)
-        calibration = given(split="train", at_most=samples, seed=seed)
-        judged = given(split="validation", at_most=graph.fixed_batch or _JUDGED_SAMPLES).feeds
-    done = quantizing.quantize(graph, recipe, calibration)
-    noise = same = None
-    if judged is not None:
-        got, expected = run_graph(done.graph, judged)[0], run_graph(graph, judged)[0]
-        if got.shape == expected.shape:  # else the shape follows the values, and nothing can be set side by side
-            noise = finite(sqnr_db(got, expected))
-            same = agreement(got, expected) if got.ndim == 2 else None
-    save_graph(done.graph, output, force=force)
+    for path in filter(None, (output, request.save_recipe)):
+        refuse_to_overwrite(path, force=request.force)
+        _refuse_own_input(path, [model])
+    if output == request.save_recipe:
+        raise UsageError(f"{output} is named twice", hint=f"--save-recipe {output.with_suffix('.toml')}")
+    asked = _recipe_file(request)
+    graph, calibration, judged = load_graph(model), None, None
+    if asked.data is not None:
+        given = partial(stream_samples, asked.data, inputs=graph.inputs, root=request.data_root)
+        calibration = given(split="train", at_most=asked.samples, seed=asked.seed)
+        judged = open_samples(
+            asked.data, split="validation", inputs=graph.inputs, root=request.data_root, at_most=_JUDGED_SAMPLES
+        )
+    means = Means(asked.batch_size, on_step=on_step)
+    made = _within_memory(request, _Making(graph, asked.recipe, calibration, judged, means), say)
+    done = made.quantized.graph.with_seed(asked.seed)
+    verdict = judge.judge(graph, replace(made.quantized, graph=done), made.recipe, judged, made.means)
+    if request.measure:
+        means.tell("measure, each graph in a process of its own", 0, 2)
+        verdict = judge.measured(verdict, graph, done, made.recipe, judged)
+    else:
+        verdict = judge.unmeasured(verdict, "--no-measure")
+    saved, told = replace(asked, recipe=made.recipe, batch_size=made.means.batch_size), done.quantization
+    save_graph(done, output, force=request.force)
+    if request.save_recipe is not None:
+        save_recipe(saved, request.save_recipe, force=request.force)
     return SavedQuantized(
         path=str(output),
-        precision=done.graph.precision,
-        before_bytes=len(graph.data),
-        size_bytes=output.stat().st_size,
-        sha256=done.graph.sha256,
-        fused=done.fused,
-        kept_float=done.kept_float,
-        calibration=f"{calibration.source}, {len(calibration)} samples"
-        if calibration is not None and done.ranges is not None
-        else None,
-        samples=len(next(iter(judged.values()))) if judged is not None else 0,
-        sqnr_db=noise,
-        agreement=same,
+        precision=done.precision,
+        sha256=done.sha256,
+        recipe=saved,
+        calibrated=f"{told.samples} samples of {told.source}, seed {told.seed}" if told and told.source else None,
+        kept_float=made.quantized.kept_float,
+        notes=made.quantized.notes,
+        verdict=verdict,
+        ranking=made.ranking,
+        holds=made.holds,
+        reached=made.reached,
+        recipe_path=str(request.save_recipe) if request.save_recipe else None,
     )
 
 
@@ -459,6 +527,86 @@ def _save_checkpoint(checkpoint: Checkpoint, output: Path, force: bool) -> Saved
         str(output), checkpoint.network, checkpoint.parameters, output.stat().st_size, checkpoint.sha256,
         checkpoint.metrics,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Making:
+    """What a quantization starts from."""
+
+    graph: Graph
+    recipe: Recipe
+    calibration: Samples | Pictures | None
+    judged: Samples | None
+    means: Means
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A quantized graph, the recipe and the means that made it in the end, and what a budget found on the way."""
+
+    quantized: Quantized
+    recipe: Recipe
+    means: Means
+    ranking: tuple[Sensitivity, ...] = ()
+    holds: bool | None = None
+    reached: str | None = None
+
+
+def _recipe_file(request: QuantizeRequest) -> RecipeFile:
+    """The recipe file, the defaults where there is none, with what the request says itself.
+
+    Raises:
+        InputRefused, UsageError: the file cannot be read, or something in it or in the request is not possible.
+    """
+    from memopt_export.recipe import RecipeFile, parse, read_recipe
+
+    file = RecipeFile(parse(request.precision or "int8")) if request.recipe is None else read_recipe(request.recipe)
+    own = {field.name for field in (*fields(file.recipe), *fields(file))} - {"recipe"}
+    asked = file.changed({name: value for name, value in vars(request).items() if name in own})
+    if request.percentile is not None and asked.recipe.calibration != "percentile":
+        raise UsageError(
+            f"--percentile means nothing to calibration {asked.recipe.calibration}", hint="--calibration percentile"
+        )
+    if asked.data is None and request.needs_data:
+        raise UsageError(f"{request.needs_data} needs samples", hint="--data SPEC")
+    return asked
+
+
+def _within_memory(request: QuantizeRequest, making: _Making, say: Callable[[str], None] | None) -> _Made:
+    """What `_within_budget` makes, in a process that is not allowed to hold more than the request says."""
+    limit = request.memory_limit
+    if limit is None:
+        return _within_budget(request, making)
+    from memopt_export import memory_limit
+
+    need = memory_limit.estimate(making.graph, making.recipe, making.calibration, making.means)
+    if say is not None:
+        say(need.text())
+    means = memory_limit.fit(making.graph, making.recipe, making.calibration, making.means, limit)
+    with memory_limit.hard_cap(limit):
+        return _within_budget(request, replace(making, means=means))
+
+
+def _within_budget(request: QuantizeRequest, making: _Making) -> _Made:
+    """The graph by the recipe, or by one that keeps as many layers in float as the request's budget wants."""
+    from memopt_export import quantize as quantizing
+
+    graph, recipe, calibration, means = making.graph, making.recipe, making.calibration, making.means
+    judged = making.judged
+    if request.max_drop is not None or request.min_sqnr is not None:
+        from memopt_export.budget import Budget, within
+
+        assert judged is not None  # a request that needs samples was refused without
+        budget = Budget(request.max_drop, request.min_sqnr)
+        kept = within(graph, recipe, calibration, judged, budget, means)
+        return _Made(kept.quantized, kept.recipe, means, kept.ranking, kept.holds, kept.reached)
+    ranking: tuple[Sensitivity, ...] = ()
+    if request.sensitivity:
+        from memopt_export.budget import rank
+
+        assert judged is not None
+        ranking = rank(graph, recipe, calibration, judged, means)
+    return _Made(quantizing.quantize(graph, recipe, calibration, means), recipe, means, ranking)
 
 
 def _refusals(paths: Sequence[Path]) -> dict[Path, str]:

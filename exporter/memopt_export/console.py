@@ -30,6 +30,9 @@ from memopt_export.inspection import Inspection
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from memopt_export.budget import Sensitivity
+    from memopt_export.judge import Verdict
+    from memopt_export.means import Step
     from memopt_export.pipeline import Result
     from memopt_export.stages import Outcome
     from memopt_models.train import Progress
@@ -87,6 +90,28 @@ def pipeline() -> Iterator[Listener]:
     """Shows the stages of a pipeline, one line each."""
     with _progress_line() as line:
         yield Listener(line)
+
+
+@dataclass(frozen=True)
+class QuantizeListener:
+    """What a quantization tells: each step, and what it needs."""
+
+    line: _Line
+
+    def on_step(self, step: Step) -> None:
+        """A run or a layer is done."""
+        self.line.overwrite(f"  {step.what} {step.done}/{step.total}")
+
+    def say(self, text: str) -> None:
+        """Something that stays."""
+        self.line.stay(f"  {text}")
+
+
+@contextmanager
+def quantizing() -> Iterator[QuantizeListener]:
+    """Shows where a quantization stands, as one line that is overwritten."""
+    with _progress_line() as line:
+        yield QuantizeListener(line)
 
 
 class _Line:
@@ -219,18 +244,72 @@ def _draw_graph(console: Console, saved: SavedGraph) -> None:
 
 
 def _draw_quantized(console: Console, saved: SavedQuantized) -> None:
-    ratio = saved.before_bytes / saved.size_bytes
+    verdict = saved.verdict
     facts = {
-        "saved": f"{saved.path} ({show_size(saved.size_bytes)}, {ratio:.2f}x smaller)",
-        "precision": saved.precision,
-        "calibrated": saved.calibration,
-        "fused": f"{saved.fused[0]} of {saved.fused[1]} layers by ONNX Runtime" if saved.fused else None,
-        "kept float": ", ".join(saved.kept_float) or None,
-        "SQNR": f"{saved.sqnr_db:.1f} dB on {saved.samples} validation samples" if saved.sqnr_db is not None else None,
-        "agreement": f"{100 * saved.agreement:.2f}%" if saved.agreement is not None else None,
+        "saved": f"{saved.path} ({show_size(verdict.size_bytes)}, float {show_size(verdict.float_bytes)})",
+        "recipe": saved.recipe.recipe.text(),
+        "saved as": saved.recipe_path,
+        "calibrated": f"on {saved.calibrated}" if saved.calibrated else None,
+        "fused": f"{verdict.fused[0]} of {verdict.fused[1]} layers by ONNX Runtime" if verdict.fused else None,
+        "kept float": _some(saved.kept_float),
+        "budget": saved.reached,
+        "judged": f"on {verdict.samples} samples of {verdict.source}" if verdict.samples else None,
     }
-    _facts(console, facts)
-    _next(console, f"memopt-export compare {saved.path} --data digits")
+    _facts(console, facts | _verdict_facts(verdict))
+    if saved.ranking:
+        _draw_ranking(console, saved.ranking)
+    for note in saved.notes:
+        _say(console, f"note: {note}")
+    for reason in verdict.reasons:
+        _say(console, f"not known: {reason}")
+    for flag in verdict.flags:
+        _say(console, f"flagged: {flag}", style="bold")
+    if saved.recipe.data is not None:
+        _next(console, f"memopt-export compare {saved.path} --data {saved.recipe.data}")
+
+
+def _verdict_facts(verdict: Verdict) -> dict[str, object]:
+    facts: dict[str, object] = {}
+    if verdict.sqnr_db is not None:
+        facts["SQNR"] = f"{verdict.sqnr_db:.1f} dB"
+    if verdict.kl_divergence is not None:
+        facts["KL divergence"] = f"{verdict.kl_divergence:.3g} nats"
+    if verdict.agreement is not None:
+        facts["agreement"] = f"{100 * verdict.agreement:.2f}%"
+    if verdict.top1 is not None and verdict.float_top1 is not None:
+        facts["top-1"] = f"{100 * verdict.top1:.2f}%, float {100 * verdict.float_top1:.2f}%"
+    if verdict.measured is not None and verdict.float_measured is not None:
+        after, before = verdict.measured, verdict.float_measured
+        now, was = after.bill.phases["steady"], before.bill.phases["steady"]
+        facts["latency"] = f"{after.p50_ms:.3g} ms at batch {verdict.batch}, float {before.p50_ms:.3g} ms"
+        facts["private"] = f"{show_size(now.private_bytes)}, float {show_size(was.private_bytes)}"
+        facts["peak"] = f"{show_size(now.peak_bytes)}, float {show_size(was.peak_bytes)}"
+    return facts
+
+
+def _draw_ranking(console: Console, ranking: Sequence[Sensitivity]) -> None:
+    """What the whole graph reaches when one layer alone stays float, the best first, and what that costs."""
+    columns = {"Kept float": "left", "Operator": "left", "SQNR": "right"}
+    columns |= {"Top-1": "right", "Weights": "right", "Activations": "right"}
+    rows = [
+        [each.layer, each.operator, f"{each.sqnr_db:.1f} dB", _cell("top1", each.top1),
+         _added(each.weights_bytes), _added(each.activation_bytes)]
+        for each in ranking
+    ]  # fmt: skip
+    _table(console, columns, rows)
+    _say(
+        console, "SQNR and top-1 are those of the whole graph when this layer alone stays float; sizes are what it adds"
+    )
+
+
+def _added(size_bytes: int) -> str:
+    return f"{'' if size_bytes < 0 else '+'}{show_size(size_bytes)}"
+
+
+def _some(names: Sequence[str], *, at_most: int = 8) -> str | None:
+    """The names, or the first of them and how many more there are; None where there are none."""
+    more = f" and {len(names) - at_most} more (--json has all)" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more or None
 
 
 def _draw_engine(console: Console, saved: SavedEngine) -> None:

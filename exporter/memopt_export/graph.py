@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 import threading
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +22,7 @@ from memopt.ort_runtime import library_errors
 from memopt.strict_json import from_json
 from memopt.tensors import DTYPE_BITS, Array, TensorSpec, nbytes
 from memopt_export.bodies import bodies, captured, inner_nodes
+from memopt_export.provenance import Provenance, from_card, to_card
 
 if TYPE_CHECKING:
     import onnx
@@ -44,6 +45,7 @@ class Graph:
     model: onnx.ModelProto
     weights_sha256: str
     precision: str = "fp32"
+    quantization: Provenance | None = None  # what quantized it, where that is known
 
     @cached_property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -72,7 +74,11 @@ class Graph:
         del model.metadata_props[:]
         entry = model.metadata_props.add()
         entry.key = METADATA_KEY
-        entry.value = json.dumps({"precision": self.precision, "weights": self.weights_sha256}, sort_keys=True)
+        entry.value = json.dumps(self._card(), sort_keys=True)
+
+    def _card(self) -> dict[str, Any]:
+        card: dict[str, Any] = {"precision": self.precision, "weights": self.weights_sha256}
+        return card if self.quantization is None else card | {"quantization": to_card(self.quantization)}
 
     @property
     def sha256(self) -> str:
@@ -90,6 +96,13 @@ class Graph:
     def with_model(self, model: onnx.ModelProto, *, precision: str | None = None) -> Graph:
         """The same lineage with another model."""
         return replace(self, model=model, precision=precision or self.precision)
+
+    def with_seed(self, seed: int) -> Graph:
+        """The same graph; where samples made it, its card tells the seed with which they were drawn."""
+        told = self.quantization
+        if told is None or told.source is None:
+            return self
+        return replace(self, quantization=replace(told, seed=seed))
 
     @property
     def fixed_batch(self) -> int | None:
@@ -127,7 +140,8 @@ def load_graph(path: Path, *, checked: bool = False) -> Graph:
     model = preflight.parse(path) if checked else preflight.check(path)
     preflight.load_external(model, path.parent)
     card = _read_card(model)
-    graph = Graph(model, card.weights or _digest_of_tensors(model), card.precision or _guess_precision(model))
+    weights, precision = card.weights or _digest_of_tensors(model), card.precision or _guess_precision(model)
+    graph = Graph(model, weights, precision, from_card(card.quantization))
     _ = graph.inputs, graph.outputs  # refused here, when they are none that we know
     return graph
 
@@ -143,6 +157,13 @@ def run_graph(
         InputRefused: ONNX Runtime cannot run the graph on these inputs.
         OutOfResource: it was not done after `timeout_s`; a loop may never end.
     """
+    return next(run_batches(graph, [feeds], optimized=optimized, timeout_s=timeout_s))
+
+
+def run_batches(
+    graph: Graph, batches: Iterable[Mapping[str, Array]], *, optimized: bool = True, timeout_s: float = RUN_TIMEOUT_S
+) -> Iterator[list[Array]]:
+    """The outputs for each batch, all in one session; see `run_graph`, whose `timeout_s` is that of a batch here."""
     import onnxruntime
 
     levels = onnxruntime.GraphOptimizationLevel
@@ -153,8 +174,10 @@ def run_graph(
     options.log_severity_level = 3  # errors are raised, warnings are not the user's
     try:
         session = open_session(graph, options)
-        with _time_limit(onnxruntime.RunOptions(), timeout_s) as run_options:
-            return [np.asarray(output) for output in session.run(None, dict(feeds), run_options)]
+        for feeds in batches:
+            with _time_limit(onnxruntime.RunOptions(), timeout_s) as run_options:
+                outputs = [np.asarray(output) for output in session.run(None, dict(feeds), run_options)]
+            yield outputs
     except library_errors() as error:
         raise InputRefused(f"onnxruntime cannot run the graph: {first_line(error)}") from error
 
@@ -378,6 +401,7 @@ class _Card:
 
     weights: str | None = None
     precision: str | None = None
+    quantization: Any = None  # a part of its own: one that cannot be read takes nothing else with it
 
 
 def _read_card(model: onnx.ModelProto) -> _Card:

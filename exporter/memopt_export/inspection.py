@@ -15,6 +15,7 @@ from memopt.sizes import show_size
 from memopt.strict_json import from_plain
 from memopt.tensors import TensorSpec, show_shape
 from memopt_export.graph import load_graph
+from memopt_export.provenance import Provenance
 from memopt_export.tensorrt_engine import EngineHeader, read_header
 from memopt_models.checkpoint import read_metadata
 
@@ -53,7 +54,7 @@ def _inspect_graph(path: Path) -> Inspection:
         "outputs": _specs(graph.outputs),
         "nodes": f"{sum(nodes.values())}: " + ", ".join(f"{count} {name}" for name, count in nodes.most_common()),
         "weights sha256": graph.weights_sha256,
-    }
+    } | ({} if graph.quantization is None else _quantization(graph.quantization))
     return Inspection(str(path), "ONNX graph", path.stat().st_size, facts, graph.weights_bytes())
 
 
@@ -139,6 +140,18 @@ def _inspect_bundle(path: Path) -> Inspection:
     )
     size = path.stat().st_size if path.is_file() else sum(file.size_bytes for file in manifest.files)
     return Inspection(str(path), "memopt bundle", size, facts, parts=parts)
+
+
+def _quantization(told: Provenance) -> dict[str, str]:
+    """What quantized a graph, in words."""
+    facts = {"recipe": told.recipe.text()}
+    if told.source is None:
+        return facts | {"calibrated": "on no samples"}
+    rows = told.rows
+    seed = "" if told.seed is None else f", seed {told.seed}"
+    which = "" if rows is None else ": " + (", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else ""))
+    facts["calibrated"] = f"on {told.samples} samples of {told.source}{seed}{which}"
+    return facts | {"data sha256": told.fingerprint or "unknown"}
 
 
 # File ending (or "folder") -> who knows it.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from memopt.archive import is_safe_name
 from memopt.errors import InputRefused, IntegrityError, UsageError
 from memopt.runtimes import runtime
-from memopt.strict_json import from_plain
+from memopt.strict_json import from_plain, nearest_field
 from memopt_export.recipe import Recipe, parse
 from memopt_export.tensorrt_engine import EngineSettings
 from memopt_models.distill import DistillSettings
@@ -110,6 +109,13 @@ class Job:
             find_factory(network)
 
 
+# The dataclasses whose fields are a recipe file's keys.
+_SECTIONS = (
+    Job, TrainJob, DistillJob, QuantizeJob, EngineJob, CompareJob, TrainSettings, DistillSettings, PruneSettings,
+    EngineSettings,
+)  # fmt: skip
+
+
 def read_job(recipe: str) -> Job:
     """The job in the recipe of this name that memopt ships, or in the TOML file at this path.
 
@@ -125,7 +131,7 @@ def read_job(recipe: str) -> Job:
     try:
         return from_plain(Job, plain, where=where)
     except IntegrityError as error:
-        raise UsageError(error.problem, hint=_suggestion(error.problem)) from error
+        raise UsageError(error.problem, hint=nearest_field(error.problem, *_SECTIONS)) from error
 
 
 def shipped() -> list[str]:
@@ -145,24 +151,3 @@ def _read_text(recipe: str) -> tuple[str, str]:
         return path.read_text(), str(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputRefused(f"{recipe} cannot be read: {error}") from error
-
-
-def _suggestion(problem: str) -> str | None:
-    """For an unknown key, the known one that looks most like it."""
-    if "unknown field" not in problem:
-        return None
-    word = problem.rpartition("unknown field ")[2].strip("'")
-    kinds = (
-        Job,
-        TrainJob,
-        DistillJob,
-        QuantizeJob,
-        EngineJob,
-        CompareJob,
-        TrainSettings,
-        DistillSettings,
-        PruneSettings,
-    )
-    known = sorted({f.name for kind in (*kinds, EngineSettings) for f in fields(kind)})
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else None

@@ -26,7 +26,7 @@ from memopt.report import Report, read_report
 from memopt.strict_json import from_plain, to_json, to_plain
 from memopt.tensors import Array
 from memopt_export.from_torch import PARITY_SAMPLES
-from memopt_export.graph import Graph, load_graph, run_graph, save_graph
+from memopt_export.graph import Graph, load_graph, run_batches, save_graph
 from memopt_export.job import Job
 from memopt_export.pack import GOLDEN_SAMPLES, Contents, EnginePart, OnnxPart, engine_id, pack
 from memopt_export.recipe import Recipe
@@ -346,7 +346,7 @@ def _quantize(work: Work, network: str, exported: Outcome, recipe: Recipe) -> Ou
 
         samples = work.samples("train", at_most=asked.samples, seed=asked.seed)
         done = quantize(_graph(exported), recipe, samples)
-        save_graph(done.graph, folder / MODEL)
+        save_graph(done.graph.with_seed(asked.seed), folder / MODEL)
         _write_note(folder, {"fused": done.fused, "kept_float": done.kept_float, "source": samples.source})
 
     made_from = {
@@ -380,8 +380,7 @@ def _gpu() -> str | None:
 
 
 def _outputs(built: Built, samples: Samples) -> Array:
-    graph = _graph(built.outcome)
-    return np.concatenate([run_graph(graph, feeds)[0] for feeds in samples.batches(256)])
+    return np.concatenate([outputs[0] for outputs in run_batches(_graph(built.outcome), samples.batches(256))])
 
 
 def _labels(samples: Samples) -> Array:

@@ -23,8 +23,8 @@ from memopt_models.digest import digest_arrays
 from memopt_models.factories import load_factory
 
 __all__ = [
-    "SPLITS", "Batches", "DataSet", "Pictures", "Samples", "Split", "default_root", "is_known", "make_data", "open_data",
-    "open_samples", "stream_samples",
+    "SPLITS", "Batches", "DataSet", "Pictures", "Samples", "Split", "default_root", "is_known", "make_data",
+    "open_data", "open_samples", "stream_samples",
 ]  # fmt: skip
 
 
@@ -74,7 +74,7 @@ class Batches(Sequence[dict[str, Array]]):
     size: int
 
     def __len__(self) -> int:
-        return -(-len(self.samples) // self.size)
+        return (len(self.samples) + self.size - 1) // self.size
 
     @overload
     def __getitem__(self, index: int) -> dict[str, Array]: ...

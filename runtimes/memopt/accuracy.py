@@ -43,9 +43,36 @@ def sqnr_db(output: Array, reference: Array) -> float:
     27.0
     """
     signal = reference.astype(np.float64)
-    noise = float(((signal - output.astype(np.float64)) ** 2).sum())
-    power = float((signal**2).sum())
-    return float("inf") if noise == 0 else 10 * float(np.log10(power / noise)) if power else float("-inf")
+    return ratio_db(float((signal**2).sum()), float(((signal - output.astype(np.float64)) ** 2).sum()))
+
+
+def ratio_db(signal: float, noise: float) -> float:
+    """10 log10(signal / noise): inf where there is no noise, -inf where there is nothing else.
+
+    >>> ratio_db(100.0, 1.0), ratio_db(1.0, 0.0), ratio_db(0.0, 1.0)
+    (20.0, inf, -inf)
+    """
+    return float("inf") if noise == 0 else 10 * float(np.log10(signal / noise)) if signal else float("-inf")
+
+
+def kl_divergence(logits: Array, reference: Array) -> float:
+    """How far the softmax of the logits is from that of the reference's: sum(p log(p / q)) in nats, mean over samples.
+
+    Args:
+        logits: (samples, classes), of which q is the softmax.
+        reference: (samples, classes), of which p is the softmax.
+
+    >>> round(kl_divergence(np.array([[0.0, 0.0]]), np.array([[np.log(3.0), 0.0]])), 4)  # 3/4 log 3/2 + 1/4 log 1/2
+    0.1308
+    """
+    q, p = _log_softmax(logits), _log_softmax(reference)
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True).astype(np.float64)
+    logarithms: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return logarithms
 
 
 def finite(value: float) -> float | None:

@@ -45,6 +45,23 @@ def from_plain(cls: type[T], value: Any, *, where: str) -> T:
     return typing.cast(T, _read(cls, value, where))
 
 
+def nearest_field(problem: str, *kinds: type) -> str | None:
+    """For a problem of `from_plain` with an unknown field, a hint at the field of these dataclasses most like it.
+
+    >>> from memopt.tensors import TensorSpec
+    >>> nearest_field("input: unknown field 'shap'", TensorSpec)
+    "did you mean 'shape'?"
+    """
+    import difflib
+
+    if "unknown field" not in problem:
+        return None
+    word = problem.rpartition("unknown field ")[2].strip("'\"")
+    known = sorted({field.name for kind in kinds for field in dataclasses.fields(kind)})
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else None
+
+
 def refuse_duplicates(what: str, names: list[str]) -> None:
     """Raises IntegrityError when a name stands twice."""
     seen: set[str] = set()

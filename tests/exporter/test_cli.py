@@ -123,6 +123,25 @@ REFUSED = [
     (("quantize", "tiny.onnx", "-o", "q.onnx", "--data", "digits"), 3, "(batch, 1, 8, 8)"),
     (("quantize", "tiny.onnx", "-o", "q.onnx", "--precision", "int3"), 2, "precision 'int3' is not known"),
     (("quantize", "tiny.onnx", "-o", "tiny.onnx", "--data", "data.npz"), 2, "tiny.onnx exists; hint: --force"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--target", "gpu"), 2, "target 'gpu' is not known; hint: one of cpu"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--correction", "gtpq"), 2, "correction 'gtpq' is not known"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--weight-bits", "4"), 2, "weight_bits is 4; hint: 8, or 7"),
+    (
+        ("quantize", "tiny.onnx", "-o", "q.onnx", "--percentile", "99"),
+        2,
+        "calibration mse; hint: --calibration percent",
+    ),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--max-drop", "1"), 2, "--max-drop needs samples; hint: --data SPEC"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--min-sqnr", "30"), 2, "--min-sqnr needs samples; hint: --data SPEC"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--sensitivity"), 2, "--sensitivity needs samples; hint: --data SPEC"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--memory-limit", "1GiB"), 2, "--memory-limit needs samples"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--memory-limit", "much"), 2, "'much' is not a size"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--data", "data.npz", "--exclude", "cnov"), 2, "no node 'cnov'"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--data", "data.npz", "--include", "cnov"), 2, "no node 'cnov'"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--recipe", "none.toml"), 3, "recipe none.toml cannot be read"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--recipe", "other.txt"), 3, "other.txt is not TOML"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--save-recipe", "other.txt"), 2, "other.txt exists; hint: --force"),
+    (("quantize", "tiny.onnx", "-o", "q.onnx", "--save-recipe", "q.onnx"), 2, "q.onnx is named twice"),
     (("engine", "tiny.onnx", "-o", "e.engine", "--target", "sm99"), 2, "sm99"),
     (("engine", "tiny.onnx", "-o", "e.engine", "--target", "sm75"), 1, "no target can take"),
     (("engine", "tiny.onnx", "-o", "e.engine", "--batch", "1,2"), 2, "--batch 1,2 is no profile"),
@@ -200,9 +219,13 @@ def test_the_way_of_one_model(type_: Callable[..., Answer], folder: Path, tmp_pa
         return json.loads(answer.out)
 
     quantized = document("quantize", model, *data, "--samples", 32, "-o", tmp_path / "int8.onnx")
-    assert quantized["size_bytes"] < quantized["before_bytes"]
-    assert quantized["fused"][0] == quantized["fused"][1]
-    assert quantized["sqnr_db"] > 15
+    verdict = quantized["verdict"]
+    assert verdict["size_bytes"] == (tmp_path / "int8.onnx").stat().st_size
+    assert verdict["float_bytes"] == model.stat().st_size
+    assert verdict["fused"][0] == verdict["fused"][1]
+    assert verdict["sqnr_db"] > 15
+    assert {verdict["samples"], verdict["source"]} == {20, "data.npz/validation"}
+    assert verdict["measured"]["p50_ms"] / verdict["float_measured"]["p50_ms"] == verdict["latency_ratio"]
     half = document("quantize", model, "--precision", "fp16", "-o", tmp_path / "fp16.onnx")
     assert half["precision"] == "fp16"
     built = document("engine", tmp_path / "fp16.onnx", "--target", "sm86,sm75", "-o", tmp_path / "fp16.engine")
@@ -382,7 +405,7 @@ def test_a_graph_of_a_fixed_batch_is_quantized_and_packed(
     data = ("--data", folder / "data.npz")
     answer = type_("quantize", fixed, *data, "-o", fixed.with_name("int8.onnx"))
     assert answer.code == 0, answer.err
-    assert "4 validation samples" in answer.out
+    assert "on 20 samples of data.npz/validation" in answer.out
     assert type_("pack", fixed, *data, "-o", fixed.with_suffix(".mopt")).code == 0
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from memopt.errors import InputRefused, UsageError
 from memopt_export.graph import Graph, is_quantized, label
 from memopt_export.means import UNLIMITED, Means, Step
+from memopt_export.provenance import provenance
 from memopt_export.quantize import dynamic_int8, fp8, half, static_int8, weight_only
 from memopt_export.quantize.quantized import Quantized
 from memopt_export.recipe import Recipe
@@ -45,7 +47,9 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, m
         InputRefused: the graph is not float32, or nothing in it can be quantized.
     """
     ready = to_quantize(graph, recipe)
-    return METHODS[recipe.precision](ready, recipe, samples, means)
+    done = METHODS[recipe.precision](ready, recipe, samples, means)
+    told = provenance(recipe, samples if done.ranges is not None else None)
+    return replace(done, graph=replace(done.graph, quantization=told))
 
 
 def to_quantize(graph: Graph, recipe: Recipe) -> Graph:
