@@ -6,6 +6,7 @@ import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
+from memopt.cpu import CpuTarget
 from memopt.errors import InputRefused, IntegrityError
 from memopt.manifest import EngineInfo
 from memopt.strict_json import from_json
@@ -30,6 +31,12 @@ class Artifact:
     weights: memoryview | None = None
     weights_location: str | None = None  # the name by which the graph calls its external initializers
     engine: EngineInfo | None = None
+    cpu: CpuTarget | None = None  # of a graph that is optimized already, and for nothing else
+    precision: str | None = None
+
+    def runs_on(self, device: str) -> bool:
+        """Whether a runtime that opens it may do so on this device."""
+        return self.cpu is None or device == "cpu"
 
 
 def open_artifact(path: Path) -> Artifact:

@@ -82,6 +82,8 @@ class Bundle:
             weights=weights,
             weights_location=Path(variant.weights).name if variant.weights else None,
             engine=variant.engine,
+            cpu=variant.cpu,
+            precision=variant.precision,
         )
 
     def distrusts(self, variant: Variant, *, trust_engines: bool) -> str | None:
@@ -173,6 +175,11 @@ def open_bundle(
     return bundle
 
 
+def is_bundle_folder(path: Path) -> bool:
+    """Whether a folder is meant to be a bundle: it has a manifest."""
+    return (path / MANIFEST).is_file()
+
+
 def _entries_of_file(path: Path) -> dict[str, memoryview]:
     data = map_file(path)
     if bytes(data[:4]) != b"PK\x03\x04":
@@ -192,7 +199,7 @@ def _entries_of_file(path: Path) -> dict[str, memoryview]:
 
 
 def _entries_of_folder(path: Path) -> dict[str, memoryview]:
-    if not (path / MANIFEST).is_file():
+    if not is_bundle_folder(path):
         raise InputRefused(f"{path} is a folder without {MANIFEST}, so not a bundle")
     entries: dict[str, memoryview] = {}
     for file in sorted(path.rglob("*")):
