@@ -346,10 +346,15 @@ def compare(
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["mopt", "dir"]),
+    type=click.Choice(["mopt", "dir", "triton", "ort"]),
     default="mopt",
     show_default=True,
-    help="One file, or a folder.",
+    help="A bundle as one file or a folder; a model repository of Triton; a model package of ONNX Runtime.",
+)
+@click.option(
+    "--specialize",
+    type=click.Choice(["local"]),
+    help="Put beside each graph one that is optimized for this processor, and used only on its like.",
 )
 @click.option("--name", help="Of the bundle; default: the output's.")
 @click.option("--data", help=f"Gives labels, preprocessing and golden samples. {_DATA}")
@@ -369,8 +374,8 @@ def compare(
 @_force
 @_json
 def pack(
-    parts: Sequence[Path], form: str, name: str | None, data: str | None, labels: Path | None, license_id: str | None,
-    license_file: Path | None,
+    parts: Sequence[Path], form: str, specialize: str | None, name: str | None, data: str | None, labels: Path | None,
+    license_id: str | None, license_file: Path | None,
     sign: Path | None, passphrase_file: Path | None, output: Path, data_root: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Pack PARTS (.onnx, and .engine files built from them) into a bundle; the first graph is the reference."""
@@ -378,7 +383,7 @@ def pack(
 
     packed = commands.pack(
         parts, output, form=form, name=name, data=data, labels=labels, license_id=license_id,
-        license_file=license_file, sign=sign,
+        license_file=license_file, sign=sign, specialized=specialize is not None,
         passphrase=_passphrase(passphrase_file) if sign else None, force=force, data_root=data_root,
     )  # fmt: skip
     console.show(packed, as_json=as_json)
@@ -424,7 +429,7 @@ def run(
 @click.argument("path", type=click.Path(path_type=Path))
 @_json
 def inspect(path: Path, as_json: bool) -> None:
-    """Tell what PATH (.onnx, .engine, .safetensors, .mopt or a bundle folder) holds, without running it."""
+    """Tell what PATH holds, without running it: .onnx, .engine, .safetensors, .mopt, or a folder that `pack` wrote."""
     from memopt_export import console, inspection
 
     console.show(inspection.inspect(path), as_json=as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,14 +104,16 @@ class Plans:
 
 @dataclass(frozen=True)
 class Packed:
-    """A bundle on disk."""
+    """A bundle on disk, or what else `pack` writes."""
 
     path: str
+    format: str
     size_bytes: int
     sha256: str | None  # of a single file
     variants: tuple[str, ...]
     files: int
     signed_by: str | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -349,11 +351,16 @@ def compare_files(
 def pack(
     paths: Sequence[Path], output: Path, *, form: str, name: str | None, data: str | None, labels: Path | None,
     license_id: str | None, license_file: Path | None = None, sign: Path | None = None,
-    passphrase: str | None = None, force: bool = False, data_root: Path | None = None,
+    passphrase: str | None = None, specialized: bool = False, force: bool = False, data_root: Path | None = None,
 ) -> Packed:  # fmt: skip
-    """A bundle of these graphs and engines; labels, preprocessing and golden samples come from the data set."""
+    """A bundle of these graphs and engines; labels, preprocessing and golden samples come from the data set.
+
+    With `specialized`, every graph stands beside one that is optimized for this processor.
+    """
+    from memopt_export import formats
     from memopt_export import pack as packing
     from memopt_export.signing import load_key
+    from memopt_export.specialize import specialize
     from memopt_export.stages import tool_versions
     from memopt_models.data import open_data, open_samples
 
@@ -361,6 +368,7 @@ def pack(
     key = load_key(sign, passphrase) if sign is not None else None
     parts = _parts(paths)
     graphs = [part for part in parts if isinstance(part, packing.OnnxPart)]
+    parts += [specialize(part) for part in graphs] if specialized else []
     opened = open_data(data, root=data_root) if data and not data.endswith(".npz") else None
     golden = {}
     if data and graphs:
@@ -377,11 +385,11 @@ def pack(
         license_text=_read_text(license_file) if license_file else None,
         tools=tool_versions(),
     )
-    manifest = packing.pack(contents, output, form=form, sign=key, force=force)
-    size = output.stat().st_size if output.is_file() else sum(file.size_bytes for file in manifest.files)
+    written = formats.write(form, contents, output, sign=key, force=force)
+    size = sum(path.stat().st_size for path in (output, *output.rglob("*")) if path.is_file())
     digest = sha256_file(output) if output.is_file() else None
-    variants = tuple(variant.id for variant in manifest.variants)
-    return Packed(str(output), size, digest, variants, len(manifest.files), key.key_id if key else None)
+    signed_by = key.key_id if key else None
+    return Packed(str(output), form, size, digest, written.variants, written.files, signed_by, written.left_out)
 
 
 def keygen(output: Path, passphrase: str | None, *, force: bool) -> SavedKey:
@@ -566,7 +574,7 @@ def _replay(bundle: Bundle, *, trust_engines: bool) -> Iterator[Replay]:
         made_for = runtime(variant.runtime)
         artifact = bundle.artifact(variant.id)
         distrusted = bundle.distrusts(variant, trust_engines=trust_engines)
-        for device in made_for.DEVICES:
+        for device in filter(artifact.runs_on, made_for.DEVICES):
             reason = distrusted or made_for.unavailable(device) or made_for.refuses(artifact)
             place = f"{variant.runtime} {device}"
             if reason is not None:
