@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,8 +33,25 @@ def write_atomically(path: Path, data: bytes, *, force: bool = False, mode: int 
         OutOfResource: the disk is full.
         InputRefused: the folder cannot be written.
     """
-    with atomic_file(path, force=force, mode=mode) as file:
-        file.write(data)
+    write_together({path: (data, mode)}, force=force)
+
+
+def write_together(files: Mapping[Path, tuple[bytes, int]], *, force: bool = False) -> None:
+    """Writes a file and what belongs to it, each with its mode; none is in place before all are whole and on the disk.
+
+    Between the renames there may be a first file without the others, but never one beside others of its predecessor.
+    """
+    for path in files:
+        refuse_to_overwrite(path, force=force)
+    with ExitStack() as stack:
+        besides = {path: stack.enter_context(_beside(path, _new_file)) for path in files}
+        for path, (data, mode) in files.items():
+            with _synced(besides[path], mode) as file:
+                file.write(data)
+        for companion in list(besides)[1:]:
+            companion.unlink(missing_ok=True)
+        for path, beside in besides.items():
+            beside.replace(path)
 
 
 @contextmanager
@@ -42,11 +59,8 @@ def atomic_file(path: Path, *, force: bool = False, mode: int = 0o644) -> Iterat
     """A file open for writing that becomes `path` when the block ends well, and vanishes when it does not."""
     refuse_to_overwrite(path, force=force)
     with _beside(path, _new_file) as beside:
-        with beside.open("wb") as file:
+        with _synced(beside, mode) as file:
             yield file
-            file.flush()
-            beside.chmod(mode)
-            os.fsync(file.fileno())
         beside.replace(path)
 
 
@@ -67,7 +81,9 @@ def write_folder(
     refuse_to_replace(path, force=force, is_ours=is_ours)
     with _beside(path, tempfile.mkdtemp) as beside:
         for name, data in files.items():
-            _write_synced(beside / name, data)
+            (beside / name).parent.mkdir(parents=True, exist_ok=True)
+            with _synced(beside / name, 0o644) as file:
+                file.write(data)
         beside.chmod(0o755)
         _move_into_place(beside, path)
 
@@ -164,11 +180,13 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_synced(path: Path, data: bytes | memoryview) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as file:
-        file.write(data)
+@contextmanager
+def _synced(path: Path, mode: int) -> Iterator[BinaryIO]:
+    """The file open for writing; on the disk, and with this mode, when the block ends."""
+    with path.open("wb") as file:
+        yield file
         file.flush()
+        path.chmod(mode)
         os.fsync(file.fileno())
 
 
