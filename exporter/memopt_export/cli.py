@@ -18,6 +18,7 @@ from memopt.errors import AnswerIsNo, InputRefused, MemoptError, OutOfResource, 
 from memopt.sizes import parse_size
 
 PROGRAM = "memopt-export"
+_UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)  # paths that someone typed
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 # Options that several commands share.
@@ -520,6 +521,8 @@ def _run(arguments: list[str]) -> int:
         if isinstance(error, BrokenPipeError):  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        if isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename is not None:
+            return _tell(arguments, f"{error.filename}: {error.strerror}", None, InputRefused.exit_code)
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _tell_bug(arguments, error)
         return _tell(arguments, f"out of memory or disk: {first_line(error)}", None, OutOfResource.exit_code)

@@ -12,6 +12,7 @@ import numpy as np
 
 from memopt import machine
 from memopt.accuracy import agreement, finite, max_difference, sqnr_db
+from memopt.artifact import Artifact
 from memopt.bundle import Bundle, open_bundle
 from memopt.compare import cells, compare, subjects
 from memopt.errors import InputRefused, MemoptError, UsageError, first_line
@@ -20,7 +21,7 @@ from memopt.manifest import EngineInfo
 from memopt.report import Report, Row
 from memopt.runtimes import runtime
 from memopt.session import Runtime
-from memopt.tensors import TensorSpec
+from memopt.tensors import Array, TensorSpec
 
 if TYPE_CHECKING:
     from memopt_export import pack as packing
@@ -570,7 +571,9 @@ def _replay(bundle: Bundle, *, trust_engines: bool) -> Iterator[Replay]:
     """Every variant on every device of its runtime that works here; what a machine lacks is no fault of the bundle."""
     if bundle.manifest.golden is None:
         raise InputRefused(f"{bundle.path} has no golden outputs", hint="memopt-export pack --data SPEC")
+    inputs = bundle.golden_inputs()
     for variant in bundle.manifest.variants:
+        expected = bundle.golden_outputs(variant.id)
         made_for = runtime(variant.runtime)
         artifact = bundle.artifact(variant.id)
         distrusted = bundle.distrusts(variant, trust_engines=trust_engines)
@@ -580,21 +583,23 @@ def _replay(bundle: Bundle, *, trust_engines: bool) -> Iterator[Replay]:
             if reason is not None:
                 yield Replay(variant.id, place, None, None, reason, excused=True)
             else:
-                yield _replay_on(bundle, variant.id, place, made_for, device)
+                replay = Replay(variant.id, place, None, bundle.manifest.golden.atol[variant.id])
+                yield _replay_on(replay, artifact, made_for, device, inputs, expected)
 
 
-def _replay_on(bundle: Bundle, variant: str, place: str, made_for: Runtime, device: str) -> Replay:
-    assert bundle.manifest.golden is not None
-    atol = bundle.manifest.golden.atol[variant]
+def _replay_on(
+    replay: Replay, artifact: Artifact, made_for: Runtime, device: str, inputs: Mapping[str, Array],
+    expected: Sequence[Array],
+) -> Replay:  # fmt: skip
+    """What the artifact computes, held against what is expected."""
     try:
-        session = made_for.open(bundle.artifact(variant), device=device)
-        got = session.run(bundle.golden_inputs())
+        session = made_for.open(artifact, device=device)
+        got = session.run(inputs)
         session.close()
     except MemoptError as error:
-        return Replay(variant, place, None, atol, error.problem)
-    pairs = zip(got, bundle.golden_outputs(variant), strict=True)
-    differences = [max_difference(a, b) if a.shape == b.shape else np.inf for a, b in pairs]
+        return replace(replay, reason=error.problem)
+    differences = [max_difference(a, b) if a.shape == b.shape else np.inf for a, b in zip(got, expected, strict=True)]
     worst = float(np.max(differences))
     if not np.isfinite(worst):
-        return Replay(variant, place, None, atol, "outputs are not finite, or of another shape")
-    return Replay(variant, place, worst, atol)
+        return replace(replay, reason="outputs are not finite, or of another shape")
+    return replace(replay, max_difference=worst)

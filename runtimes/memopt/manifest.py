@@ -166,7 +166,7 @@ class Manifest:
                 f"manifest schema is {self.schema}, this memopt reads {SCHEMA}", hint="pip install -U memopt"
             )
         refuse_duplicates("variant id", [variant.id for variant in self.variants])
-        refuse_duplicates("file", [file.path for file in self.files])
+        refuse_duplicates("file", [file.path.lower() for file in self.files])  # some file systems ignore case
         paths = {file.path for file in self.files}
         for path in self._references():
             if path not in paths:
