@@ -200,17 +200,16 @@ def _listed(items: Sequence[Entry]) -> tuple[File, ...]:
 def _add_variants(contents: Contents, items: list[Entry]) -> Iterator[Variant]:
     """Every part with its files; external weights that more than one graph has are stored once."""
     pieces = {part.id: split(part.graph, WEIGHTS) for part in contents.graphs}
-    digests = {name: hashlib.sha256(weights).hexdigest() for name, (_, weights) in pieces.items()}
-    counts = Counter(digests.values())
+    counts = Counter(weights for _, weights in pieces.values())
     for part in contents.parts:
         if isinstance(part, EnginePart):
             yield _add_engine(part, contents, items)
             continue
         model, weights = pieces[part.id]
         path = f"variants/{part.id}/{WEIGHTS}" if weights else None
-        if path is not None and counts[digests[part.id]] > 1:  # the graph calls its weights by the name of their file
-            path = f"shared/sha256-{digests[part.id][:16]}.data"
-            model, _ = split(part.graph, Path(path).name)
+        if path is not None and counts[weights] > 1:
+            path = f"shared/sha256-{hashlib.sha256(weights).hexdigest()[:16]}.data"
+            model, _ = split(part.graph, Path(path).name)  # it calls its weights by the name of their file
         yield _add_graph(part, model, weights, path, items)
 
 
