@@ -32,6 +32,7 @@ from memopt.tensors import Array
 MANIFEST = "memopt.json"
 MIMETYPE = "mimetype"
 MIMETYPE_BYTES = b"application/vnd.memopt.bundle.v1"
+_MAGIC_AT = 64  # where it stands in every single-file bundle, for programs that tell files by their bytes
 UNLISTED = frozenset({MANIFEST, MIMETYPE})  # entries that the manifest does not list, besides signatures
 VERIFY = ("full", "lazy", "off")
 MAX_LABELS_BYTES = 4 * 2**20
@@ -195,13 +196,15 @@ def _entries_of_file(path: Path) -> dict[str, memoryview]:
     data = map_file(path)
     if bytes(data[:4]) != b"PK\x03\x04":
         raise InputRefused(f"{path} is not a memopt bundle", hint=f"memopt-export pack {path} -o {path.stem}.mopt")
+    if data[_MAGIC_AT : _MAGIC_AT + len(MIMETYPE_BYTES)] != MIMETYPE_BYTES:
+        raise InputRefused(f"{path} is a zip file, but not a memopt bundle")
     try:
         spans = read_archive(data)
     except IntegrityError as error:
         raise IntegrityError(f"{path}: {error.problem}") from error
     entries = {name: data[span.offset : span.offset + span.size_bytes] for name, span in spans.items()}
-    if next(iter(entries), None) != MIMETYPE or entries[MIMETYPE] != memoryview(MIMETYPE_BYTES):
-        raise InputRefused(f"{path} is a zip file, but not a memopt bundle")
+    if next(iter(entries), None) != MIMETYPE:
+        raise IntegrityError(f"{path}: its first entry is not {MIMETYPE}")
     unlisted = [name for name in entries if name in UNLISTED or is_signature(name)]  # the others are checked by sha256
     for name in unlisted:
         if len(entries[name]) <= MAX_MANIFEST_BYTES and zlib.crc32(entries[name]) != spans[name].crc32:
