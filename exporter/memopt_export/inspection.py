@@ -141,7 +141,7 @@ def _inspect_bundle(path: Path) -> Inspection:
         }
         for variant in manifest.variants
     )
-    size = path.stat().st_size if path.is_file() else sum(file.size_bytes for file in manifest.files)
+    size = path.stat().st_size if path.is_file() else _folder_bytes(path)
     return Inspection(str(path), "memopt bundle", size, facts, parts=parts)
 
 
