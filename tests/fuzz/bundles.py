@@ -183,6 +183,8 @@ def _fitting(entries: dict[str, bytes], name: str, data: bytes) -> dict[str, byt
 
 
 def _written(rng: random.Random, entries: dict[str, bytes]) -> bytes:
+    """The entries in an archive; the first, which has to stand at its place, is aligned as usual, the others anyhow."""
+    aligns = [64, *(rng.choice((64, 64, 128, 4096)) for _ in entries)]
     buffer = io.BytesIO()
-    write_archive(buffer, [Entry(name, data, rng.choice((64, 64, 128, 4096))) for name, data in entries.items()])
+    write_archive(buffer, [Entry(*item, align) for item, align in zip(entries.items(), aligns, strict=False)])
     return buffer.getvalue()
