@@ -99,6 +99,9 @@ class Contents:
         classes = first.outputs[0].shape[-1] if first.outputs[0].shape else None
         if self.labels and isinstance(classes, int) and len(self.labels) != classes:
             raise InputRefused(f"{len(self.labels)} labels for {classes} classes")
+        for label in self.labels:
+            if "\n" in label:
+                raise InputRefused(f"label {label!r} has more than one line")
         portable = {part.id for part in self.graphs if part.cpu is None}
         for part in self.graphs:
             if part.cpu is not None and part.source not in portable:
