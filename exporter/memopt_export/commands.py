@@ -356,12 +356,12 @@ def pack(
 ) -> Packed:  # fmt: skip
     """A bundle of these graphs and engines; labels, preprocessing and golden samples come from the data set.
 
-    With `specialized`, every graph stands beside one that is optimized for this processor.
+    With `specialized`, every graph that gains by it stands beside one that is optimized for this processor.
     """
     from memopt_export import formats
     from memopt_export import pack as packing
     from memopt_export.signing import load_key
-    from memopt_export.specialize import specialize
+    from memopt_export.specialize import gains_nothing, specialize
     from memopt_export.stages import tool_versions
     from memopt_models.data import open_data, open_samples
 
@@ -369,7 +369,8 @@ def pack(
     key = load_key(sign, passphrase) if sign is not None else None
     parts = _parts(paths)
     graphs = [part for part in parts if isinstance(part, packing.OnnxPart)]
-    parts += [specialize(part) for part in graphs] if specialized else []
+    skipped = {part.id: why for part in graphs if specialized and (why := gains_nothing(part.graph)) is not None}
+    parts += [specialize(part) for part in graphs if specialized and part.id not in skipped]
     opened = open_data(data, root=data_root) if data and not data.endswith(".npz") else None
     golden = {}
     if data and graphs:
@@ -390,7 +391,8 @@ def pack(
     size = sum(path.stat().st_size for path in (output, *output.rglob("*")) if path.is_file())
     digest = sha256_file(output) if output.is_file() else None
     signed_by = key.key_id if key else None
-    return Packed(str(output), form, size, digest, written.variants, written.files, signed_by, written.left_out)
+    left_out = skipped | written.left_out
+    return Packed(str(output), form, size, digest, written.variants, written.files, signed_by, left_out)
 
 
 def keygen(output: Path, passphrase: str | None, *, force: bool) -> SavedKey:

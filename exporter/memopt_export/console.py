@@ -303,7 +303,7 @@ def _draw_packed(console: Console, packed: Packed) -> None:
     }
     _facts(console, facts)
     for part, why in packed.left_out.items():
-        _say(console, f"left out: {part}: {why}")
+        _say(console, f"{part}: {why}")
     ours = packed.format in ("mopt", "dir")
     _next(console, f"memopt-export {f'verify {packed.path} --run' if ours else f'inspect {packed.path}'}")
 

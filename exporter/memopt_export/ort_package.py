@@ -84,8 +84,10 @@ def write_package(contents: Contents, output: Path, *, force: bool) -> Written:
     if contents.license_file is not None:
         files[f"{name}/LICENSE"] = contents.license_file
     write_folder(files, output, force=force, is_ours=is_package)
-    left_out = {part.id: "a model package holds no TensorRT engines" for part in contents.engines}
-    left_out |= {part.id: "ONNX Runtime would take it on any CPU" for part in contents.graphs if part.cpu is not None}
+    left_out = {part.id: "left out, a model package holds no TensorRT engines" for part in contents.engines}
+    left_out |= {
+        part.id: "left out, ONNX Runtime would take it on any CPU" for part in contents.graphs if part.cpu is not None
+    }
     return Written(tuple(variants), len(files), left_out)
 
 

@@ -59,8 +59,8 @@ def read_repository(folder: Path) -> dict[str, dict[str, list[Any]]]:
 
 def _refusal(part: OnnxPart | EnginePart) -> str | None:
     if isinstance(part, EnginePart):
-        return None if part.info.flavor == "tensorrt" else f"Triton has no backend for {part.info.flavor}"
-    return "optimized for one processor, a server may have another" if part.cpu is not None else None
+        return None if part.info.flavor == "tensorrt" else f"left out, Triton has no backend for {part.info.flavor}"
+    return "left out, a server may have another processor" if part.cpu is not None else None
 
 
 def _model(part: OnnxPart | EnginePart, contents: Contents) -> dict[str, bytes]:

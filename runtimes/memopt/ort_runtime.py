@@ -32,7 +32,7 @@ _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are "tensor(int8)" -> "int8"
 _ERRORS_ONLY = 3
 # Precisions whose kernels read weights as they lie in the file; the others are several times slower unless packed anew.
-_READ_IN_PLACE = ("fp32", "fp16", "bf16")
+READ_IN_PLACE = ("fp32", "fp16", "bf16")
 
 
 def version() -> str | None:
@@ -95,7 +95,7 @@ def open(artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> OrtSes
     options.intra_op_num_threads = threads
     if artifact.cpu is not None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if artifact.precision in _READ_IN_PLACE:
+        if artifact.precision in READ_IN_PLACE:
             options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         with _source(options, artifact) as model:

@@ -268,7 +268,7 @@ def test_every_format_is_packed_inspected_and_told_apart_by_verify(
         packed = type_("pack", folder / "tiny.onnx", "--specialize", "local", "--format", form, "-o", path)
         assert packed.code == 0, packed.err
         ours = kind == "memopt bundle"
-        assert ("left out: tiny-" in packed.out) is not ours
+        assert (": left out, " in packed.out) is not ours
         assert f"next: memopt-export {'verify' if ours else 'inspect'} {path}" in packed.out
         assert f", {kind}, " in type_("inspect", path).out
         verified = type_("verify", path)
@@ -284,6 +284,19 @@ def test_a_specialized_bundle_holds_here(type_: Callable[..., Answer], folder: P
     assert parts[made]["only_on"].startswith(made.removeprefix("tiny-"))
     replays = json.loads(type_("verify", tmp_path / "x.mopt", "--run", "--json").out)["replays"]
     assert {replay["variant"] for replay in replays if "max_difference" in replay} == {name, made}
+
+
+def test_what_gains_nothing_is_not_specialized_and_said(
+    type_: Callable[..., Answer], folder: Path, tmp_path: Path
+) -> None:
+    data = ("--data", folder / "data.npz")
+    assert type_("quantize", folder / "tiny.onnx", *data, "-o", tmp_path / "int8.onnx").code == 0
+    words = ("pack", folder / "tiny.onnx", tmp_path / "int8.onnx", *data, "--specialize", "local", "-o")
+    packed = json.loads(type_(*words, tmp_path / "x.mopt", "--json").out)
+    assert [name.partition("-")[0] for name in packed["variants"]] == ["tiny", "int8", "tiny"]
+    why = "not specialized: int8 weights are packed anew at every load, optimized or not"
+    assert packed["left_out"] == {"int8": why}
+    assert f"int8: {why}" in type_(*words, tmp_path / "y.mopt").out
 
 
 def test_a_licence_file_is_packed(type_: Callable[..., Answer], folder: Path, tmp_path: Path) -> None:

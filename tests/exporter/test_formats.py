@@ -144,14 +144,14 @@ def test_what_a_format_cannot_hold_is_left_out_with_the_reason(contents: Content
     triton, ort = (write(form, contents, tmp_path / form) for form in ("triton", "ort"))
     assert triton.variants == ("large", "small", "large-trt")
     assert triton.left_out == {
-        optimized: "optimized for one processor, a server may have another",
-        "large-rtx": "Triton has no backend for tensorrt-rtx",
+        optimized: "left out, a server may have another processor",
+        "large-rtx": "left out, Triton has no backend for tensorrt-rtx",
     }
     assert ort.variants == ("large", "small", "large-cuda", "small-cuda")
     assert ort.left_out == {
-        "large-trt": "a model package holds no TensorRT engines",
-        "large-rtx": "a model package holds no TensorRT engines",
-        optimized: "ONNX Runtime would take it on any CPU",
+        "large-trt": "left out, a model package holds no TensorRT engines",
+        "large-rtx": "left out, a model package holds no TensorRT engines",
+        optimized: "left out, ONNX Runtime would take it on any CPU",
     }
 
 
