@@ -1,5 +1,4 @@
-"""Specializes graphs for the processor at hand: ONNX Runtime optimizes once, at pack time, what it would optimize at
-every load.
+"""Specializes graphs: ONNX Runtime optimizes once, for the processor at hand, what it would optimize at every load.
 
 At load the result is opened as it is, out of the mapped bundle: no copies of weights in another layout, no optimizer.
 It runs on machines with the same key only, so the portable graph travels beside it.
