@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from memopt.errors import InputRefused, OutOfResource, UsageError
 
 _BESIDE = ".memopt-tmp"  # how what is being written ends
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # rename(2), linux/fs.h
 
 
@@ -157,16 +158,20 @@ def _sweep(path: Path) -> None:
 
 
 def _lock(path: Path, how: int) -> int | None:
-    """The handle that keeps a file or folder locked until it is closed; None where it has vanished meanwhile."""
+    """The handle that keeps a file or folder locked until it is closed; None where it has vanished meanwhile.
+
+    On a file system without locks a writer goes on without; nothing is swept there.
+    """
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(handle, how)
-    except OSError:
-        os.close(handle)
-        raise
+    except OSError as error:
+        if how & fcntl.LOCK_NB or error.errno not in _NO_LOCKS:
+            os.close(handle)
+            raise
     if path.exists():
         return handle
     os.close(handle)

@@ -389,6 +389,18 @@ def test_what_a_living_writer_is_writing_is_not_swept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_file_system_without_locks_is_written_and_nothing_is_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    (tmp_path / ".x.abcdefgh.memopt-tmp").write_bytes(b"who knows whose")
+    write_atomically(tmp_path / "x", b"data")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.abcdefgh.memopt-tmp", "x"]
+
+
 def test_files_of_others_that_look_alike_are_left_alone(tmp_path: Path) -> None:
     for name in (".x.tmp", ".x.abcdefgh.tmp", ".y.abcdefgh.memopt-tmp", ".x", "x.memopt-tmp"):
         (tmp_path / name).write_bytes(b"")
