@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -34,6 +34,7 @@ _VERSION, _VERSION_64 = 20, 45  # of zip, that a reader needs
 _WIDE_ID, _PADDING_ID = 0x0001, 0xD935  # extra fields: numbers of 64 bits; what aligns
 _MARK = 2**32 - 1  # stands where a number of 32 bits is kept elsewhere in 64
 _WIDE_FROM = _MARK  # the smallest number that is; tests lower it
+_BLOCK_BYTES = 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,7}")
 
 PAGE = 4096  # alignment of what is mapped
@@ -81,11 +82,19 @@ def write_archive(file: BinaryIO, entries: Sequence[Entry]) -> None:
         head = _Head(entry.name, len(entry.data), zlib.crc32(entry.data), entry.align)
         header = head.local(position)
         file.write(header)
-        file.write(entry.data)
+        for block in blocks(entry.data):  # Linux stalls now and then in a single write of 100 MB
+            file.write(block)
         directory += head.central(position)
         position += len(header) + head.size_bytes
     file.write(directory)
     file.write(_end(len(entries), position, len(directory)))
+
+
+def blocks(data: bytes | memoryview) -> Iterator[memoryview]:
+    """The data piece by piece, not copied."""
+    view = memoryview(data)
+    for start in range(0, len(view), _BLOCK_BYTES):
+        yield view[start : start + _BLOCK_BYTES]
 
 
 def read_archive(data: memoryview) -> dict[str, Span]:

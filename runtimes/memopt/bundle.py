@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from memopt.archive import MAX_ENTRIES, is_safe_name, read_archive
+from memopt.archive import MAX_ENTRIES, blocks, is_safe_name, read_archive
 from memopt.artifact import Artifact, map_file, release_pages
 from memopt.errors import InputRefused, IntegrityError, UsageError, first_line
 from memopt.manifest import MAX_MANIFEST_BYTES, File, Manifest, Variant, decode
@@ -36,7 +36,6 @@ _MAGIC_AT = 64  # where it stands in every single-file bundle, for programs that
 UNLISTED = frozenset({MANIFEST, MIMETYPE})  # entries that the manifest does not list, besides signatures
 VERIFY = ("full", "lazy", "off")
 MAX_LABELS_BYTES = 4 * 2**20
-_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Bundle:
     def verify(self, file: File) -> None:
         """Raises IntegrityError unless this file has the sha256 that the manifest promises."""
         digest = hashlib.sha256()
-        for block in _blocks(self.entries[file.path]):
+        for block in blocks(self.entries[file.path]):
             digest.update(block)
         release_pages(self.entries[file.path])
         if digest.hexdigest() != file.sha256:
@@ -263,8 +262,3 @@ def _check_entries(entries: Mapping[str, memoryview], files: tuple[File, ...]) -
     unknown = sorted(name for name in set(entries) - UNLISTED - listed if not is_signature(name))
     if unknown:
         raise IntegrityError(f"{unknown[0]} is in the bundle but not in its manifest")
-
-
-def _blocks(view: memoryview) -> Iterator[memoryview]:
-    for start in range(0, len(view), _BLOCK):
-        yield view[start : start + _BLOCK]
