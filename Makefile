@@ -2,13 +2,15 @@
 PYTHON ?= python3
 RECIPE ?= digits
 BENCH  ?= $(patsubst tests/benchmarks/bench_%.py,%,$(wildcard tests/benchmarks/bench_*.py))
+SECONDS ?= 60
+SEED   ?= 0
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.memopt-setup
 SOURCES := runtimes models exporter
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test check lint types pytest fix bench gpu clean
+.PHONY: help setup export test check lint types pytest fix fuzz bench gpu clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -41,6 +43,9 @@ pytest: $(STAMP)
 fix: $(STAMP) ## repair what ruff can repair
 	$(BIN)/ruff check --fix $(SOURCES) tests
 	$(BIN)/ruff format $(SOURCES) tests
+
+fuzz: $(STAMP) ## fuzz the bundle reader and the pre-flight (SECONDS=600, SEED=1)
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) --seed $(SEED)
 
 bench: $(STAMP) ## the benchmarks and their marks, JSON in build/bench (BENCH=quantize: one of them)
 	@status=0; for name in $(BENCH); do $(BIN)/python tests/benchmarks/bench_$$name.py || status=1; done; exit $$status

@@ -8,9 +8,17 @@ import subprocess
 import sys
 import venv
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from memopt.tensors import Array
+from memopt_export.formats import write
+from memopt_export.graph import run_graph
+from memopt_export.pack import Contents, pack
+from memopt_export.specialize import specialize
 
 ROOT = Path(__file__).parent.parent
 BIN = "Scripts" if os.name == "nt" else "bin"
@@ -42,6 +50,24 @@ with memopt.load(bundle, memory_limit="64MiB") as model:
         "used": sorted(name for name in heavy if name in sys.modules),
     }
 print(json.dumps(document))
+"""
+
+
+# ONNX Runtime's own reader of model packages, which the newest version for the CPU has.
+OPEN_PACKAGE = """
+import json, sys
+import numpy as np, onnxruntime as ort
+
+context = ort.ModelPackageContext(sys.argv[1])
+chosen = context.select_component("tiny", ort.ModelPackageOptions(ort.SessionOptions()))
+session = chosen.create_session()
+logits = session.run(["logits"], {"input": np.load(sys.argv[2])})[0]
+print(json.dumps({
+    "components": context.get_component_names(),
+    "variants": context.get_variant_names("tiny"),
+    "chosen": chosen.get_selected_variant_name(),
+    "logits": logits.tolist(),
+}))
 """
 
 
@@ -95,6 +121,30 @@ def test_an_application_needs_numpy_and_onnxruntime_alone(
     assert found["label"] in ("zero", "one", "two")
     assert found["batch"] >= 1
     assert found["phases"] == ["import", "load", "steady"]
+
+
+def test_onnxruntime_opens_a_model_package_and_takes_the_reference(
+    clean_python: Path, tiny_contents: Contents, tiny_inputs: Array, tmp_path: Path
+) -> None:
+    write("ort", tiny_contents, tmp_path / "package")
+    np.save(tmp_path / "x.npy", tiny_inputs)
+    found = json.loads(check(clean_python, "-c", OPEN_PACKAGE, tmp_path / "package", tmp_path / "x.npy", cwd=tmp_path))
+    assert found["components"] == ["tiny"]
+    assert found["variants"] == ["large", "small", "large-cuda", "small-cuda"]
+    assert found["chosen"] == "large"
+    expected = run_graph(tiny_contents.graphs[0].graph, {"input": tiny_inputs})[0]
+    np.testing.assert_allclose(found["logits"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_another_library_is_served_the_portable_graph(
+    clean_python: Path, tiny_contents: Contents, picture: Path, tmp_path: Path
+) -> None:
+    large = tiny_contents.graphs[0]
+    part = specialize(large)
+    pack(replace(tiny_contents, parts=(large, part)), tmp_path / "x.mopt")
+    found = json.loads(check(clean_python, "-W", "error", "-c", EMBED, tmp_path / "x.mopt", picture, cwd=tmp_path))
+    assert found["variant"] == "large"
+    assert any(line.startswith(f"{part.id}: optimized by onnxruntime ") for line in found["why"])
 
 
 def test_without_the_exporters_tools_the_command_says_what_to_install(clean_python: Path, tmp_path: Path) -> None:

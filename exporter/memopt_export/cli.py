@@ -20,6 +20,7 @@ from memopt_export.means import UNLIMITED
 from memopt_export.recipe import CALIBRATIONS, CORRECTIONS, PRECISIONS
 
 PROGRAM = "memopt-export"
+_UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)  # paths that someone typed
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 # Options that several commands share.
@@ -384,10 +385,15 @@ def compare(
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["mopt", "dir"]),
+    type=click.Choice(["mopt", "dir", "triton", "ort"]),
     default="mopt",
     show_default=True,
-    help="One file, or a folder.",
+    help="A bundle as one file or a folder; a model repository of Triton; a model package of ONNX Runtime.",
+)
+@click.option(
+    "--specialize",
+    type=click.Choice(["local"]),
+    help="Put beside each graph one that is optimized for this processor, and used only on its like.",
 )
 @click.option("--name", help="Of the bundle; default: the output's.")
 @click.option("--data", help=f"Gives labels, preprocessing and golden samples. {_DATA}")
@@ -407,8 +413,8 @@ def compare(
 @_force
 @_json
 def pack(
-    parts: Sequence[Path], form: str, name: str | None, data: str | None, labels: Path | None, license_id: str | None,
-    license_file: Path | None,
+    parts: Sequence[Path], form: str, specialize: str | None, name: str | None, data: str | None, labels: Path | None,
+    license_id: str | None, license_file: Path | None,
     sign: Path | None, passphrase_file: Path | None, output: Path, data_root: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Pack PARTS (.onnx, and .engine files built from them) into a bundle; the first graph is the reference."""
@@ -416,7 +422,7 @@ def pack(
 
     packed = commands.pack(
         parts, output, form=form, name=name, data=data, labels=labels, license_id=license_id,
-        license_file=license_file, sign=sign,
+        license_file=license_file, sign=sign, specialized=specialize is not None,
         passphrase=_passphrase(passphrase_file) if sign else None, force=force, data_root=data_root,
     )  # fmt: skip
     console.show(packed, as_json=as_json)
@@ -462,7 +468,7 @@ def run(
 @click.argument("path", type=click.Path(path_type=Path))
 @_json
 def inspect(path: Path, as_json: bool) -> None:
-    """Tell what PATH (.onnx, .engine, .safetensors, .mopt or a bundle folder) holds, without running it."""
+    """Tell what PATH holds, without running it: .onnx, .engine, .safetensors, .mopt, or a folder that `pack` wrote."""
     from memopt_export import console, inspection
 
     console.show(inspection.inspect(path), as_json=as_json)
@@ -553,6 +559,8 @@ def _run(arguments: list[str]) -> int:
         if isinstance(error, BrokenPipeError):  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        if isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename is not None:
+            return _tell(arguments, f"{error.filename}: {error.strerror}", None, InputRefused.exit_code)
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _tell_bug(arguments, error)
         return _tell(arguments, f"out of memory or disk: {first_line(error)}", None, OutOfResource.exit_code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from memopt import machine
 from memopt.accuracy import max_difference
+from memopt.artifact import Artifact
 from memopt.bundle import Bundle, open_bundle
 from memopt.compare import cells, compare, subjects
 from memopt.errors import InputRefused, MemoptError, UsageError, first_line
@@ -20,7 +21,7 @@ from memopt.manifest import EngineInfo
 from memopt.report import Report, Row
 from memopt.runtimes import runtime
 from memopt.session import Runtime
-from memopt.tensors import TensorSpec
+from memopt.tensors import Array, TensorSpec
 
 if TYPE_CHECKING:
     from memopt_export import pack as packing
@@ -162,14 +163,16 @@ class Plans:
 
 @dataclass(frozen=True)
 class Packed:
-    """A bundle on disk."""
+    """A bundle on disk, or what else `pack` writes."""
 
     path: str
+    format: str
     size_bytes: int
     sha256: str | None  # of a single file
     variants: tuple[str, ...]
     files: int
     signed_by: str | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -417,11 +420,16 @@ def compare_files(
 def pack(
     paths: Sequence[Path], output: Path, *, form: str, name: str | None, data: str | None, labels: Path | None,
     license_id: str | None, license_file: Path | None = None, sign: Path | None = None,
-    passphrase: str | None = None, force: bool = False, data_root: Path | None = None,
+    passphrase: str | None = None, specialized: bool = False, force: bool = False, data_root: Path | None = None,
 ) -> Packed:  # fmt: skip
-    """A bundle of these graphs and engines; labels, preprocessing and golden samples come from the data set."""
+    """A bundle of these graphs and engines; labels, preprocessing and golden samples come from the data set.
+
+    With `specialized`, every graph that gains by it stands beside one that is optimized for this processor.
+    """
+    from memopt_export import formats
     from memopt_export import pack as packing
     from memopt_export.signing import load_key
+    from memopt_export.specialize import gains_nothing, specialize
     from memopt_export.stages import tool_versions
     from memopt_models.data import open_data, open_samples
 
@@ -429,6 +437,8 @@ def pack(
     key = load_key(sign, passphrase) if sign is not None else None
     parts = _parts(paths)
     graphs = [part for part in parts if isinstance(part, packing.OnnxPart)]
+    skipped = {part.id: why for part in graphs if specialized and (why := gains_nothing(part.graph)) is not None}
+    parts += [specialize(part) for part in graphs if specialized and part.id not in skipped]
     opened = open_data(data, root=data_root) if data and not data.endswith(".npz") else None
     golden = {}
     if data and graphs:
@@ -445,11 +455,12 @@ def pack(
         license_text=_read_text(license_file) if license_file else None,
         tools=tool_versions(),
     )
-    manifest = packing.pack(contents, output, form=form, sign=key, force=force)
-    size = output.stat().st_size if output.is_file() else sum(file.size_bytes for file in manifest.files)
+    written = formats.write(form, contents, output, sign=key, force=force)
+    size = sum(path.stat().st_size for path in (output, *output.rglob("*")) if path.is_file())
     digest = sha256_file(output) if output.is_file() else None
-    variants = tuple(variant.id for variant in manifest.variants)
-    return Packed(str(output), size, digest, variants, len(manifest.files), key.key_id if key else None)
+    signed_by = key.key_id if key else None
+    left_out = skipped | written.left_out
+    return Packed(str(output), form, size, digest, written.variants, written.files, signed_by, left_out)
 
 
 def keygen(output: Path, passphrase: str | None, *, force: bool) -> SavedKey:
@@ -710,31 +721,35 @@ def _replay(bundle: Bundle, *, trust_engines: bool) -> Iterator[Replay]:
     """Every variant on every device of its runtime that works here; what a machine lacks is no fault of the bundle."""
     if bundle.manifest.golden is None:
         raise InputRefused(f"{bundle.path} has no golden outputs", hint="memopt-export pack --data SPEC")
+    inputs = bundle.golden_inputs()
     for variant in bundle.manifest.variants:
+        expected = bundle.golden_outputs(variant.id)
         made_for = runtime(variant.runtime)
         artifact = bundle.artifact(variant.id)
         distrusted = bundle.distrusts(variant, trust_engines=trust_engines)
-        for device in made_for.DEVICES:
+        for device in filter(artifact.runs_on, made_for.DEVICES):
             reason = distrusted or made_for.unavailable(device) or made_for.refuses(artifact)
             place = f"{variant.runtime} {device}"
             if reason is not None:
                 yield Replay(variant.id, place, None, None, reason, excused=True)
             else:
-                yield _replay_on(bundle, variant.id, place, made_for, device)
+                replay = Replay(variant.id, place, None, bundle.manifest.golden.atol[variant.id])
+                yield _replay_on(replay, artifact, made_for, device, inputs, expected)
 
 
-def _replay_on(bundle: Bundle, variant: str, place: str, made_for: Runtime, device: str) -> Replay:
-    assert bundle.manifest.golden is not None
-    atol = bundle.manifest.golden.atol[variant]
+def _replay_on(
+    replay: Replay, artifact: Artifact, made_for: Runtime, device: str, inputs: Mapping[str, Array],
+    expected: Sequence[Array],
+) -> Replay:  # fmt: skip
+    """What the artifact computes, held against what is expected."""
     try:
-        session = made_for.open(bundle.artifact(variant), device=device)
-        got = session.run(bundle.golden_inputs())
+        session = made_for.open(artifact, device=device)
+        got = session.run(inputs)
         session.close()
     except MemoptError as error:
-        return Replay(variant, place, None, atol, error.problem)
-    pairs = zip(got, bundle.golden_outputs(variant), strict=True)
-    differences = [max_difference(a, b) if a.shape == b.shape else np.inf for a, b in pairs]
+        return replace(replay, reason=error.problem)
+    differences = [max_difference(a, b) if a.shape == b.shape else np.inf for a, b in zip(got, expected, strict=True)]
     worst = float(np.max(differences))
     if not np.isfinite(worst):
-        return Replay(variant, place, None, atol, "outputs are not finite, or of another shape")
-    return Replay(variant, place, worst, atol)
+        return replace(replay, reason="outputs are not finite, or of another shape")
+    return replace(replay, max_difference=worst)

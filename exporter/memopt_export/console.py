@@ -381,7 +381,10 @@ def _draw_packed(console: Console, packed: Packed) -> None:
         "signed": f"by key {packed.signed_by}" if packed.signed_by else None,
     }
     _facts(console, facts)
-    _next(console, f"memopt-export verify {packed.path} --run")
+    for part, why in packed.left_out.items():
+        _say(console, f"{part}: {why}")
+    ours = packed.format in ("mopt", "dir")
+    _next(console, f"memopt-export {f'verify {packed.path} --run' if ours else f'inspect {packed.path}'}")
 
 
 def _draw_key(console: Console, saved: SavedKey) -> None:

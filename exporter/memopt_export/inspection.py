@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from memopt.artifact import map_file, open_artifact
-from memopt.bundle import open_bundle
+from memopt.bundle import is_bundle_folder, open_bundle
 from memopt.errors import InputRefused
+from memopt.manifest import Variant
 from memopt.sizes import show_size
 from memopt.strict_json import from_plain
 from memopt.tensors import TensorSpec, show_shape
 from memopt_export.graph import load_graph
+from memopt_export.ort_package import is_package, read_package
 from memopt_export.provenance import Provenance
 from memopt_export.tensorrt_engine import EngineHeader, read_header
+from memopt_export.triton import is_repository, read_repository
 from memopt_models.checkpoint import read_metadata
 
 
@@ -133,12 +136,13 @@ def _inspect_bundle(path: Path) -> Inspection:
             "file_bytes": variant.memory.file_bytes,
             "weights_bytes": variant.memory.weights_bytes,
             "activation_bytes": variant.memory.activation_bytes,
+            "only_on": _only_on(variant),
             "private_bytes": next((point.private_bytes for point in variant.memory.measured), None),
             "test_top1": variant.metrics.get("test_top1"),
         }
         for variant in manifest.variants
     )
-    size = path.stat().st_size if path.is_file() else sum(file.size_bytes for file in manifest.files)
+    size = path.stat().st_size if path.is_file() else _folder_bytes(path)
     return Inspection(str(path), "memopt bundle", size, facts, parts=parts)
 
 
@@ -154,13 +158,72 @@ def _quantization(told: Provenance) -> dict[str, str]:
     return facts | {"data sha256": told.fingerprint or "unknown"}
 
 
+def _only_on(variant: Variant) -> str | None:
+    """The machines outside of which the variant is left alone; None for one that runs wherever its runtime does."""
+    if variant.engine is not None:
+        return ", ".join(variant.engine.targets)
+    return f"{variant.cpu.key}: onnxruntime {variant.cpu.onnxruntime}" if variant.cpu is not None else None
+
+
+def _inspect_folder(path: Path) -> Inspection:
+    if is_bundle_folder(path):
+        return _inspect_bundle(path)
+    if is_package(path):
+        return _inspect_package(path)
+    return _inspect_repository(path) if is_repository(path) else _inspect_bundle(path)  # which says why it is none
+
+
+def _inspect_repository(path: Path) -> Inspection:
+    models = read_repository(path)
+    parts = tuple(
+        {
+            "model": name,
+            "backend": _first(config, "backend") or _first(config, "platform"),
+            "largest batch": _first(config, "max_batch_size") or "0",
+            "inputs": _tensors(config, "input"),
+            "outputs": _tensors(config, "output"),
+        }
+        for name, config in models.items()
+    )
+    facts = {"models": str(len(models)), "digests": "none, so nothing to verify"}
+    return Inspection(str(path), "Triton model repository", _folder_bytes(path), facts, parts=parts)
+
+
+def _first(message: Mapping[str, Sequence[Any]], name: str) -> str | None:
+    return next((str(value) for value in message.get(name, ())), None)
+
+
+def _tensors(config: Mapping[str, Sequence[Any]], name: str) -> str:
+    described = [
+        f"{_first(tensor, 'name')} {_first(tensor, 'data_type')} ({', '.join(map(str, tensor.get('dims', ())))})"
+        for tensor in config.get(name, ())
+        if isinstance(tensor, dict)
+    ]
+    return "; ".join(described)
+
+
+def _inspect_package(path: Path) -> Inspection:
+    components = read_package(path)
+    parts = tuple(
+        {"variant": name, "component": component_name, "provider": variant.ep, "device": variant.device}
+        for component_name, component in components.items()
+        for name, variant in component.variants.items()
+    )
+    facts = {"components": ", ".join(components), "digests": "none, so nothing to verify"}
+    return Inspection(str(path), "ONNX Runtime model package", _folder_bytes(path), facts, parts=parts)
+
+
+def _folder_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
 # File ending (or "folder") -> who knows it.
 INSPECTORS: dict[str, Callable[[Path], Inspection]] = {
     ".onnx": _inspect_graph,
     ".engine": _inspect_engine,
     ".safetensors": _inspect_checkpoint,
     ".mopt": _inspect_bundle,
-    "folder": _inspect_bundle,
+    "folder": _inspect_folder,
 }
 
 

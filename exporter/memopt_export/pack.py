@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -15,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from memopt import __version__
+from memopt.accuracy import max_difference
 from memopt.archive import PAGE, Entry, is_safe_name, write_archive
-from memopt.bundle import MANIFEST, MIMETYPE, MIMETYPE_BYTES
+from memopt.bundle import MANIFEST, MIMETYPE, MIMETYPE_BYTES, is_bundle_folder
+from memopt.cpu import CpuTarget
 from memopt.errors import InputRefused, UsageError
-from memopt.files import atomic_file, refuse_to_overwrite, write_atomically
+from memopt.files import atomic_file, refuse_to_overwrite, refuse_to_replace, write_folder
 from memopt.manifest import EngineInfo, File, Golden, Manifest, MemoryPoint, Stage, Variant, VariantMemory, encode
 from memopt.signature import entry_of
 from memopt.tensors import Array
@@ -42,13 +43,15 @@ _LOOSEST = 5e-2
 
 @dataclass(frozen=True)
 class OnnxPart:
-    """A graph that goes into the bundle as a variant."""
+    """A graph that goes into the bundle as a variant; one that is optimized for `cpu` stands beside its `source`."""
 
     id: str
     network: str
     graph: Graph
     metrics: dict[str, float] = field(default_factory=dict)
     measured: tuple[MemoryPoint, ...] = ()
+    cpu: CpuTarget | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,13 @@ class Contents:
         classes = first.outputs[0].shape[-1] if first.outputs[0].shape else None
         if self.labels and isinstance(classes, int) and len(self.labels) != classes:
             raise InputRefused(f"{len(self.labels)} labels for {classes} classes")
+        for label in self.labels:
+            if "\n" in label:
+                raise InputRefused(f"label {label!r} has more than one line")
+        portable = {part.id for part in self.graphs if part.cpu is None}
+        for part in self.graphs:
+            if part.cpu is not None and part.source not in portable:
+                raise UsageError(f"{part.id} is packed without {part.source}, which runs where it does not")
         for any_part in self.parts:
             if sum(part.id == any_part.id for part in self.parts) > 1:
                 raise UsageError(f"two variants are called {any_part.id!r}", hint="rename one of the files")
@@ -111,6 +121,27 @@ class Contents:
     def engines(self) -> tuple[EnginePart, ...]:
         """The engines."""
         return tuple(part for part in self.parts if isinstance(part, EnginePart))
+
+    @property
+    def labels_file(self) -> bytes:
+        """The labels as a text file, one a line."""
+        return "".join(f"{label}\n" for label in self.labels).encode()
+
+    @property
+    def license_file(self) -> bytes | None:
+        """The licence's text where it is given, or known to memopt."""
+        if self.license_text is not None or self.license not in _KNOWN_LICENSES:
+            return self.license_text.encode() if self.license_text is not None else None
+        return resources.files("memopt_export").joinpath("licenses", f"{self.license}.txt").read_bytes()
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: the ids of the variants, how many files, and why a part was left out."""
+
+    variants: tuple[str, ...]
+    files: int
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def pack(
@@ -129,16 +160,18 @@ def pack(
         UsageError: the output exists.
         InputRefused: the parts do not belong together.
     """
-    refuse_to_overwrite(output, force=force) if form == "mopt" else _refuse_folder(output, force=force)
+    if form == "mopt":
+        refuse_to_overwrite(output, force=force)
+    else:
+        refuse_to_replace(output, force=force, is_ours=is_bundle_folder)
     items: list[Entry] = []
-    common = _common_weights(contents)
-    variants = tuple(_add_variant(part, contents, items, common) for part in contents.parts)
+    variants = tuple(_add_variants(contents, items))
     golden = _add_golden(contents, items)
     if contents.labels:
-        items.append(Entry("assets/labels.txt", "".join(f"{label}\n" for label in contents.labels).encode()))
-    text = contents.license_text or _known_license(contents.license)
+        items.append(Entry("assets/labels.txt", contents.labels_file))
+    text = contents.license_file
     if text is not None:
-        items.append(Entry(LICENSE, text.encode()))
+        items.append(Entry(LICENSE, text))
     first, producer = contents.graphs[0].graph, {"memopt": __version__, **contents.tools}
     sbom = make_sbom(contents.name, contents.license, variants, _listed(items), producer)
     items.append(Entry(SBOM, sbom))
@@ -167,28 +200,24 @@ def _listed(items: Sequence[Entry]) -> tuple[File, ...]:
     return tuple(File(item.name, len(item.data), hashlib.sha256(item.data).hexdigest()) for item in items)
 
 
-def _known_license(license_id: str | None) -> str | None:
-    """The text of the licence, where memopt carries it."""
-    if license_id not in _KNOWN_LICENSES:
-        return None
-    return resources.files("memopt_export").joinpath("licenses", f"{license_id}.txt").read_text()
+def _add_variants(contents: Contents, items: list[Entry]) -> Iterator[Variant]:
+    """Every part with its files; external weights that more than one graph has are stored once."""
+    pieces = {part.id: split(part.graph, WEIGHTS) for part in contents.graphs}
+    counts = Counter(weights for _, weights in pieces.values())
+    for part in contents.parts:
+        if isinstance(part, EnginePart):
+            yield _add_engine(part, contents, items)
+            continue
+        model, weights = pieces[part.id]
+        path = f"variants/{part.id}/{WEIGHTS}" if weights else None
+        if path is not None and counts[weights] > 1:
+            path = f"shared/sha256-{hashlib.sha256(weights).hexdigest()[:16]}.data"
+            model, _ = split(part.graph, Path(path).name)  # it calls its weights by the name of their file
+        yield _add_graph(part, model, weights, path, items)
 
 
-def _common_weights(contents: Contents) -> set[str]:
-    """The sha256 of the external weights that more than one variant has."""
-    counts = Counter(hashlib.sha256(split(part.graph, WEIGHTS)[1]).hexdigest() for part in contents.graphs)
-    return {digest for digest, count in counts.items() if count > 1}
-
-
-def _add_variant(part: OnnxPart | EnginePart, contents: Contents, items: list[Entry], common: set[str]) -> Variant:
-    if isinstance(part, EnginePart):
-        return _add_engine(part, contents, items)
-    model, weights = split(part.graph, WEIGHTS)
-    digest = hashlib.sha256(weights).hexdigest()
-    path, weights_path = f"variants/{part.id}/graph.onnx", f"variants/{part.id}/{WEIGHTS}" if weights else None
-    if weights_path is not None and digest in common:  # the graph calls its weights by the name of their file
-        weights_path = f"shared/sha256-{digest[:16]}.data"
-        model, _ = split(part.graph, Path(weights_path).name)
+def _add_graph(part: OnnxPart, model: bytes, weights: bytes, weights_path: str | None, items: list[Entry]) -> Variant:
+    path = f"variants/{part.id}/graph.onnx"
     items.append(Entry(path, model))
     if weights_path is not None and all(item.name != weights_path for item in items):
         items.append(Entry(weights_path, weights, PAGE))
@@ -208,6 +237,8 @@ def _add_variant(part: OnnxPart | EnginePart, contents: Contents, items: list[En
         weights_sha256=part.graph.weights_sha256,
         memory=memory,
         metrics=part.metrics,
+        cpu=part.cpu,
+        source=part.source,
     )
 
 
@@ -243,25 +274,40 @@ def _add_engine(part: EnginePart, contents: Contents, items: list[Entry]) -> Var
 
 
 def _add_golden(contents: Contents, items: list[Entry]) -> Golden | None:
-    """The golden inputs, and what every variant makes of them; an engine is held against the graph it comes from."""
+    """The golden inputs, and what every variant makes of them; what was made from a graph is held against it.
+
+    Raises:
+        InputRefused: an optimized graph computes something else than the one it was made from.
+    """
     if not contents.golden_inputs:
         return None
     inputs = {name: f"assets/golden/input-{i}.npy" for i, name in enumerate(contents.golden_inputs)}
     items += [Entry(inputs[name], _npy(array)) for name, array in contents.golden_inputs.items()]
     outputs: dict[str, dict[str, str]] = {}
     atol = {}
-    for part in contents.graphs:
+    for part in (part for part in contents.graphs if part.cpu is None):
         computed = run_graph(part.graph, contents.golden_inputs)
         names = [spec.name for spec in part.graph.outputs]
         outputs[part.id] = {name: f"assets/golden/{part.id}-{i}.npy" for i, name in enumerate(names)}
         items += [Entry(outputs[part.id][name], _npy(array)) for name, array in zip(names, computed, strict=True)]
         largest = max(float(np.abs(array).max()) for array in computed)
         atol[part.id] = _GOLDEN_TOLERANCE.get(part.graph.precision, _LOOSEST) * max(largest, 1.0)
-        for engine in contents.engines:
-            if engine.source == part.id:
-                outputs[engine.id] = outputs[part.id]
-                atol[engine.id] = max(_GOLDEN_TOLERANCE["fp16"] * max(largest, 1.0), atol[part.id])
+        for made in contents.parts:
+            if made.source != part.id:
+                continue
+            outputs[made.id], atol[made.id] = outputs[part.id], atol[part.id]
+            if isinstance(made, EnginePart):
+                atol[made.id] = max(_GOLDEN_TOLERANCE["fp16"] * max(largest, 1.0), atol[part.id])
+            else:
+                _refuse_unlike(made, computed, contents.golden_inputs, atol[part.id])
     return Golden(inputs, outputs, atol)
+
+
+def _refuse_unlike(made: OnnxPart, expected: Sequence[Array], feeds: Mapping[str, Array], atol: float) -> None:
+    got = run_graph(made.graph, feeds, optimized=False)
+    worst = max(max_difference(one, other) for one, other in zip(got, expected, strict=True))
+    if not worst <= atol:
+        raise InputRefused(f"{made.id} differs from {made.source} by {worst:.3g}, {atol:.3g} is allowed")
 
 
 def _npy(array: Array) -> bytes:
@@ -276,23 +322,7 @@ def _write_file(items: Sequence[Entry], output: Path, force: bool) -> None:
 
 
 def _write_folder(items: Sequence[Entry], output: Path, force: bool) -> None:
-    """Written beside and renamed, as a file would be; an old folder goes only when the new one is whole."""
-    _refuse_folder(output, force=force)
-    beside = output.with_name(f".{output.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        for item in items:
-            write_atomically(beside / item.name, item.data)
-        if output.exists():
-            shutil.rmtree(output)
-        beside.rename(output)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _refuse_folder(output: Path, *, force: bool) -> None:
-    if output.exists() and not (force and (output / MANIFEST).is_file()):
-        raise UsageError(f"{output} exists", hint="--force replaces a bundle folder, and nothing else")
+    write_folder({item.name: item.data for item in items}, output, force=force, is_ours=is_bundle_folder)
 
 
 FORMS: dict[str, Callable[[Sequence[Entry], Path, bool], None]] = {"mopt": _write_file, "dir": _write_folder}

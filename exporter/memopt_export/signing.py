@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memopt.errors import BackendError, InputRefused, UsageError, first_line
-from memopt.files import refuse_to_overwrite, write_atomically
+from memopt.files import refuse_to_overwrite, write_together
 from memopt.signature import ALGORITHM, KEY_ALGORITHM, MAX_KEY_BYTES, TRUSTED, UNTRUSTED, hash_of, show_key_id
 
 if TYPE_CHECKING:
@@ -80,8 +80,7 @@ def save_key(key: SigningKey, path: Path, passphrase: str, *, force: bool = Fals
         raise UsageError("the passphrase is empty", hint="--passphrase-file FILE")
     locked = BestAvailableEncryption(passphrase.encode())
     pem = key.private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, locked)
-    write_atomically(path, pem, force=force, mode=0o600)
-    write_atomically(public_path(path), key.public_file(), force=force)
+    write_together({path: (pem, 0o600), public_path(path): (key.public_file(), 0o644)}, force=force)
 
 
 def load_key(path: Path, passphrase: str | None) -> SigningKey:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from memopt.cuda_driver import driver_missing, open_driver
 from memopt.errors import BackendError, InputRefused, MemoptError, OutOfResource, UsageError
-from memopt.files import refuse_to_overwrite, sha256_file, write_atomically
+from memopt.files import sha256_file, write_atomically, write_together
 from memopt.manifest import EngineInfo, Profile
 from memopt.memory import read_host_memory
 from memopt.strict_json import from_json, to_json
@@ -168,11 +168,8 @@ def save_engine(engine: Engine, path: Path, *, force: bool = False) -> None:
     if path.suffix != ".engine":
         raise UsageError(f"{path} does not end in .engine", hint=f"-o {path.with_suffix('.engine')}")
     sidecar = path.with_name(path.name + ".json")
-    for file in (path, sidecar):
-        refuse_to_overwrite(file, force=force)
-    sidecar.unlink(missing_ok=True)  # never beside an engine that it does not describe
-    write_atomically(path, engine.data, force=force)
-    write_atomically(sidecar, to_json(engine.info).encode() + b"\n")
+    info = to_json(engine.info).encode() + b"\n"
+    write_together({path: (engine.data, 0o644), sidecar: (info, 0o644)}, force=force)
 
 
 def read_header(data: bytes | memoryview) -> EngineHeader:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import mmap
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from memopt.cpu import CpuTarget
 from memopt.errors import InputRefused, IntegrityError
 from memopt.manifest import EngineInfo
 from memopt.strict_json import from_json
@@ -30,6 +33,12 @@ class Artifact:
     weights: memoryview | None = None
     weights_location: str | None = None  # the name by which the graph calls its external initializers
     engine: EngineInfo | None = None
+    cpu: CpuTarget | None = None  # of a graph that is optimized already, and for nothing else
+    precision: str | None = None
+
+    def runs_on(self, device: str) -> bool:
+        """Whether a runtime that opens it may do so on this device."""
+        return self.cpu is None or device == "cpu"
 
 
 def open_artifact(path: Path) -> Artifact:
@@ -63,16 +72,22 @@ def read_sidecar(path: Path) -> EngineInfo:
 def map_file(path: Path) -> memoryview:
     """The file's bytes, read-only, file-backed and shared with every other process that maps it."""
     try:
-        with path.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for its writer
     except FileNotFoundError as error:
         raise InputRefused(f"{path} does not exist") from error
-    except IsADirectoryError as error:
-        raise InputRefused(f"{path} is a directory") from error
+    except (OSError, ValueError) as error:  # ValueError: no file name has a zero byte
+        raise InputRefused(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise InputRefused(f"{path} is {'a directory' if stat.S_ISDIR(status.st_mode) else 'no ordinary file'}")
+        if status.st_size == 0:
+            raise InputRefused(f"{path} is empty")
+        return memoryview(mmap.mmap(handle, 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise InputRefused(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # mmap of an empty file
-        raise InputRefused(f"{path} is empty") from error
+    finally:
+        os.close(handle)
 
 
 def release_pages(view: memoryview) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
-from memopt.archive import MAX_ENTRIES, is_safe_name, read_archive
+from memopt.archive import MAX_ENTRIES, blocks, is_safe_name, read_archive
 from memopt.artifact import Artifact, map_file, release_pages
-from memopt.errors import InputRefused, IntegrityError, UsageError
+from memopt.errors import InputRefused, IntegrityError, UsageError, first_line
 from memopt.manifest import MAX_MANIFEST_BYTES, File, Manifest, Variant, decode
+from memopt.npy import read_npy
 from memopt.preprocess import check_steps
 from memopt.signature import (
     FOLDER,
@@ -33,9 +32,10 @@ from memopt.tensors import Array
 MANIFEST = "memopt.json"
 MIMETYPE = "mimetype"
 MIMETYPE_BYTES = b"application/vnd.memopt.bundle.v1"
+_MAGIC_AT = 64  # where it stands in every single-file bundle, for programs that tell files by their bytes
 UNLISTED = frozenset({MANIFEST, MIMETYPE})  # entries that the manifest does not list, besides signatures
 VERIFY = ("full", "lazy", "off")
-_BLOCK = 2**20
+MAX_LABELS_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,24 @@ class Bundle:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """The classes' names, in the order of the outputs; empty when the bundle has none."""
-        if self.manifest.labels is None:
+        """The classes' names, in the order of the outputs; empty when the bundle has none.
+
+        Raises:
+            IntegrityError: they are no text, or not as many as there are classes.
+        """
+        name = self.manifest.labels
+        if name is None:
             return ()
+        if len(self.entries[name]) > MAX_LABELS_BYTES:
+            raise IntegrityError(f"{self.path}: {name} has more than {MAX_LABELS_BYTES} bytes")
         try:
-            text = bytes(self.entries[self.manifest.labels]).decode()
+            labels = tuple(bytes(self.entries[name]).decode().removesuffix("\n").split("\n"))
         except UnicodeDecodeError as error:
-            raise IntegrityError(f"{self.path}: {self.manifest.labels} is not UTF-8") from error
-        return tuple(text.removesuffix("\n").split("\n"))
+            raise IntegrityError(f"{self.path}: {name} is not UTF-8") from error
+        classes = self.manifest.outputs[0].shape[-1:] if self.manifest.outputs else ()
+        if classes and isinstance(classes[0], int) and classes[0] != len(labels):
+            raise IntegrityError(f"{self.path}: {name} has {len(labels)} labels for {classes[0]} classes")
+        return labels
 
     def artifact(self, variant_id: str) -> Artifact:
         """What a runtime opens for this variant.
@@ -82,6 +92,8 @@ class Bundle:
             weights=weights,
             weights_location=Path(variant.weights).name if variant.weights else None,
             engine=variant.engine,
+            cpu=variant.cpu,
+            precision=variant.precision,
         )
 
     def distrusts(self, variant: Variant, *, trust_engines: bool) -> str | None:
@@ -109,7 +121,7 @@ class Bundle:
     def verify(self, file: File) -> None:
         """Raises IntegrityError unless this file has the sha256 that the manifest promises."""
         digest = hashlib.sha256()
-        for block in _blocks(self.entries[file.path]):
+        for block in blocks(self.entries[file.path]):
             digest.update(block)
         release_pages(self.entries[file.path])
         if digest.hexdigest() != file.sha256:
@@ -123,10 +135,9 @@ class Bundle:
 
     def _array(self, name: str) -> Array:
         try:
-            array: Array = np.load(io.BytesIO(self.entries[name]), allow_pickle=False)
-        except (ValueError, EOFError, SyntaxError) as error:
-            raise IntegrityError(f"{self.path}: {name} is not a plain .npy file") from error
-        return array
+            return read_npy(self.entries[name])
+        except (ValueError, struct.error) as error:
+            raise IntegrityError(f"{self.path}: {name} is not a plain .npy file: {first_line(error)}") from error
 
 
 def open_bundle(
@@ -170,20 +181,29 @@ def open_bundle(
     for file in manifest.files if verify != "off" else ():
         if file.path not in bundle.unchecked:
             bundle.verify(file)
+    if verify != "off":
+        _ = bundle.labels  # refused here, when they are none
     return bundle
+
+
+def is_bundle_folder(path: Path) -> bool:
+    """Whether a folder is meant to be a bundle: it has a manifest."""
+    return (path / MANIFEST).is_file()
 
 
 def _entries_of_file(path: Path) -> dict[str, memoryview]:
     data = map_file(path)
     if bytes(data[:4]) != b"PK\x03\x04":
         raise InputRefused(f"{path} is not a memopt bundle", hint=f"memopt-export pack {path} -o {path.stem}.mopt")
+    if data[_MAGIC_AT : _MAGIC_AT + len(MIMETYPE_BYTES)] != MIMETYPE_BYTES:
+        raise InputRefused(f"{path} is a zip file, but not a memopt bundle")
     try:
         spans = read_archive(data)
     except IntegrityError as error:
         raise IntegrityError(f"{path}: {error.problem}") from error
     entries = {name: data[span.offset : span.offset + span.size_bytes] for name, span in spans.items()}
-    if next(iter(entries), None) != MIMETYPE or entries[MIMETYPE] != memoryview(MIMETYPE_BYTES):
-        raise InputRefused(f"{path} is a zip file, but not a memopt bundle")
+    if next(iter(entries), None) != MIMETYPE:
+        raise IntegrityError(f"{path}: its first entry is not {MIMETYPE}")
     unlisted = [name for name in entries if name in UNLISTED or is_signature(name)]  # the others are checked by sha256
     for name in unlisted:
         if len(entries[name]) <= MAX_MANIFEST_BYTES and zlib.crc32(entries[name]) != spans[name].crc32:
@@ -192,18 +212,18 @@ def _entries_of_file(path: Path) -> dict[str, memoryview]:
 
 
 def _entries_of_folder(path: Path) -> dict[str, memoryview]:
-    if not (path / MANIFEST).is_file():
+    if not is_bundle_folder(path):
         raise InputRefused(f"{path} is a folder without {MANIFEST}, so not a bundle")
     entries: dict[str, memoryview] = {}
-    for file in sorted(path.rglob("*")):
+    for count, file in enumerate(path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if file.is_symlink() or not is_safe_name(name) or not (file.is_file() or file.is_dir()):
             raise IntegrityError(f"{path}: entry name {name!r} is not safe, or a link")
-        if len(entries) == MAX_ENTRIES:
-            raise IntegrityError(f"{path}: more than {MAX_ENTRIES} files")
+        if count == 2 * MAX_ENTRIES:
+            raise IntegrityError(f"{path}: more than {MAX_ENTRIES} files, and as many folders")
         if file.is_file():
             entries[name] = map_file(file)
-    return entries
+    return dict(sorted(entries.items()))
 
 
 def _check_signatures(entries: Mapping[str, memoryview]) -> None:
@@ -242,8 +262,3 @@ def _check_entries(entries: Mapping[str, memoryview], files: tuple[File, ...]) -
     unknown = sorted(name for name in set(entries) - UNLISTED - listed if not is_signature(name))
     if unknown:
         raise IntegrityError(f"{unknown[0]} is in the bundle but not in its manifest")
-
-
-def _blocks(view: memoryview) -> Iterator[memoryview]:
-    for start in range(0, len(view), _BLOCK):
-        yield view[start : start + _BLOCK]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from memopt.batching import memory_curve
+from memopt.batching import MemoryCurve, memory_curve
 from memopt.bundle import Bundle
 from memopt.errors import BackendError, OutOfResource, UsageError
 from memopt.manifest import Variant
@@ -29,8 +29,13 @@ class Choice:
     variant: Variant
     runtime: str
     device: str
-    need_bytes: int | None  # at batch 1
-    why: tuple[str, ...]
+    curve: MemoryCurve | None  # what it needs over the batch, where that is known
+    why: tuple[str, ...] = ()
+
+    @property
+    def need_bytes(self) -> int | None:
+        """What it needs at batch 1."""
+        return self.curve.at(1) if self.curve is not None else None
 
 
 def choose(
@@ -41,6 +46,7 @@ def choose(
 
     Accurate is what loses at most `max_drop` percentage points of validation accuracy against the best variant of the
     bundle. Under a limit that no accurate variant meets, the most accurate one that fits is taken, and `why` says so.
+    A graph optimized for this very processor goes before the portable one that it was made from.
     Engines are code: they are left out, and `why` says so, unless a trusted key signed the bundle or `trust_engines`.
 
     Raises:
@@ -79,13 +85,20 @@ def _runnable(bundle: Bundle, device: str, variants: list[Variant], refused: lis
             refused.append(f"{runtime_name} {where}: {reason}")
             continue
         for candidate in candidates:
-            refusal = runtime.refuses(bundle.artifact(candidate.id))
+            artifact = bundle.artifact(candidate.id)
+            refusal = runtime.refuses(artifact) if artifact.runs_on(where) else f"not for {where}"
             if refusal:
                 refused.append(f"{candidate.id}: {refusal}")
                 continue
-            curve = memory_curve(candidate, runtime=runtime_name, device=where)
-            found.append(Choice(candidate, runtime_name, where, curve.at(1) if curve else None, ()))
+            found.append(Choice(candidate, runtime_name, where, _curve(bundle, candidate, runtime_name, where)))
     return found
+
+
+def _curve(bundle: Bundle, variant: Variant, runtime: str, device: str) -> MemoryCurve | None:
+    """What the variant needs; an optimized graph that was not measured is taken to need what the portable one does."""
+    if variant.cpu is not None and variant.source is not None and not variant.memory.measured:
+        variant = bundle.manifest.variant(variant.source)
+    return memory_curve(variant, runtime=runtime, device=device)
 
 
 def _fits(choice: Choice, memory_limit: int | None) -> bool:
@@ -101,15 +114,17 @@ def _best(
     limit = f" within {show_size(memory_limit)}" if memory_limit is not None else ""
     accurate = [choice for choice, drop in zip(fitting, drops, strict=True) if drop <= max_drop + _ROUNDING]
     if accurate:
-        chosen = min(accurate, key=_need)
+        chosen = min(accurate, key=_cost)
         reason = f"needs least ({show_size(chosen.need_bytes)} at batch 1) of {len(accurate)} variants{limit}"
         reason += f" at most {max_drop:g} pp below the best"
     else:
         drop, _, chosen = min(
-            ((drop, _need(choice), choice) for choice, drop in zip(fitting, drops, strict=True)),
+            ((drop, _cost(choice), choice) for choice, drop in zip(fitting, drops, strict=True)),
             key=lambda each: each[:2],
         )
         reason = f"the most accurate{limit}, {drop:.2f} pp below the best variant"
+    if chosen.variant.cpu is not None:
+        reason += ", optimized for this processor"
     why = f"{chosen.variant.id} on {chosen.runtime} {chosen.device}: {reason}"
     return replace(chosen, why=(*refused, why))
 
@@ -121,9 +136,9 @@ def _accuracy(bundle: Bundle, variant: Variant) -> float:
     return variant.metrics.get(CHOSEN_BY, 0.0)
 
 
-def _need(choice: Choice) -> float:
-    """Bytes at batch 1; what is not known counts as most."""
-    return math.inf if choice.need_bytes is None else choice.need_bytes
+def _cost(choice: Choice) -> tuple[float, bool]:
+    """Bytes at batch 1, what is not known counting as most; of two that need the same, the optimized one is taken."""
+    return math.inf if choice.need_bytes is None else choice.need_bytes, choice.variant.cpu is None
 
 
 def _too_large(choice: Choice, memory_limit: int | None) -> str:
@@ -134,7 +149,7 @@ def _too_large(choice: Choice, memory_limit: int | None) -> str:
 
 
 def _nothing_fits(too_large: list[Choice], memory_limit: int | None) -> OutOfResource:
-    least = min(too_large, key=_need)
+    least = min(too_large, key=_cost)
     return OutOfResource(
         f"nothing fits into {show_size(memory_limit)}: the smallest variant, {least.variant.id}, "
         f"needs {show_size(least.need_bytes)} at batch 1",

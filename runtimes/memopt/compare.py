@@ -177,7 +177,8 @@ def _places(subject: Subject, runtimes: Sequence[str], devices: Sequence[str]) -
         if subject.distrusted is not None:
             yield name, runtime.DEVICES[0], subject.distrusted
             continue
-        reasons = {device: runtime.unavailable(device) for device in runtime.DEVICES if device in devices}
+        possible = [device for device in runtime.DEVICES if device in devices and subject.artifact.runs_on(device)]
+        reasons = {device: runtime.unavailable(device) for device in possible}
         usable = [device for device, reason in reasons.items() if reason is None]
         yield from ((name, device, None) for device in usable)
         if not usable:
@@ -186,8 +187,10 @@ def _places(subject: Subject, runtimes: Sequence[str], devices: Sequence[str]) -
 
 
 def _opens(name: str, artifact: Artifact) -> bool:
-    """Whether the artifact is this runtime's; an engine is, even where its GPU is missing."""
-    return artifact.engine.flavor == name if artifact.engine is not None else RUNTIMES[name].refuses(artifact) is None
+    """Whether the artifact is this runtime's; what was made for one machine is, even on another."""
+    if artifact.engine is not None:
+        return artifact.engine.flavor == name
+    return RUNTIMES[name].refuses(replace(artifact, cpu=None)) is None
 
 
 def _measure_cell(cell: Cell, files: dict[str, str], outputs: Path) -> tuple[Row, Array | None]:

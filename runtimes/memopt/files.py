@@ -1,16 +1,29 @@
-"""Files are written beside and renamed: a reader sees the old content or the new one, never half of it."""
+"""Files and folders are written beside and renamed: a reader sees the old content or the new one, never half of it.
+
+What is being written is locked by its writer. The kernel frees the lock of a process that dies, so the next writer of
+the same path knows what a killed one has left behind, and removes it.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
+import glob
 import hashlib
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from memopt.errors import InputRefused, OutOfResource, UsageError
+
+_BESIDE = ".memopt-tmp"  # how what is being written ends
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # rename(2), linux/fs.h
 
 
 def write_atomically(path: Path, data: bytes, *, force: bool = False, mode: int = 0o644) -> None:
@@ -21,31 +34,59 @@ def write_atomically(path: Path, data: bytes, *, force: bool = False, mode: int 
         OutOfResource: the disk is full.
         InputRefused: the folder cannot be written.
     """
-    with atomic_file(path, force=force, mode=mode) as file:
-        file.write(data)
+    write_together({path: (data, mode)}, force=force)
+
+
+def write_together(files: Mapping[Path, tuple[bytes, int]], *, force: bool = False) -> None:
+    """Writes a file and what belongs to it, each with its mode; none is in place before all are whole and on the disk.
+
+    Between the renames there may be a first file without the others, but never one beside others of its predecessor.
+    """
+    for path in files:
+        refuse_to_overwrite(path, force=force)
+    with ExitStack() as stack:
+        besides = {path: stack.enter_context(_beside(path, _new_file)) for path in files}
+        for path, (data, mode) in files.items():
+            with _synced(besides[path], mode) as file:
+                file.write(data)
+        for companion in list(besides)[1:]:
+            companion.unlink(missing_ok=True)
+        for path, beside in besides.items():
+            beside.replace(path)
 
 
 @contextmanager
 def atomic_file(path: Path, *, force: bool = False, mode: int = 0o644) -> Iterator[BinaryIO]:
     """A file open for writing that becomes `path` when the block ends well, and vanishes when it does not."""
     refuse_to_overwrite(path, force=force)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+    with _beside(path, _new_file) as beside:
+        with _synced(beside, mode) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(mode)
-        temporary.replace(path)
-    except OSError as error:
-        _drop(temporary)
-        raise _as_ours(error, path) from error
-    except BaseException:
-        _drop(temporary)
-        raise
+        beside.replace(path)
+
+
+def write_folder(
+    files: Mapping[str, bytes | memoryview], path: Path, *, force: bool = False, is_ours: Callable[[Path], bool]
+) -> None:
+    """Writes a folder with these files, by relative path, whole or not at all.
+
+    Args:
+        files: their contents.
+        path: where the folder is to be.
+        force: replaces a folder that is there, if it `is_ours`.
+        is_ours: whether a folder is of the kind that may be replaced.
+
+    Raises:
+        UsageError, OutOfResource, InputRefused: see `write_atomically`.
+    """
+    refuse_to_replace(path, force=force, is_ours=is_ours)
+    with _beside(path, tempfile.mkdtemp) as beside:
+        for name, data in files.items():
+            (beside / name).parent.mkdir(parents=True, exist_ok=True)
+            with _synced(beside / name, 0o644) as file:
+                file.write(data)
+        beside.chmod(0o755)
+        _move_into_place(beside, path)
 
 
 def refuse_to_overwrite(path: Path, *, force: bool) -> None:
@@ -56,6 +97,12 @@ def refuse_to_overwrite(path: Path, *, force: bool) -> None:
         raise UsageError(f"{path} is no ordinary file")
     if path.exists() and not force:
         raise UsageError(f"{path} exists", hint="--force replaces it")
+
+
+def refuse_to_replace(path: Path, *, force: bool, is_ours: Callable[[Path], bool]) -> None:
+    """Raises UsageError when something is at `path`, unless it is a folder of ours and `force` is given."""
+    if path.exists() and not (force and path.is_dir() and is_ours(path)):
+        raise UsageError(f"{path} exists", hint="--force replaces a folder of the same kind, and nothing else")
 
 
 def sha256_file(path: Path) -> str:
@@ -72,14 +119,119 @@ def _digest(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _drop(temporary: Path | None) -> None:
-    if temporary is not None:
-        temporary.unlink(missing_ok=True)
+@contextmanager
+def _beside(path: Path, make: Callable[..., str]) -> Iterator[Path]:
+    """What `make` makes beside `path`, locked, and gone after the block unless it has been renamed."""
+    beside = lock = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        while lock is None:  # it may be swept before it is locked
+            beside = Path(make(prefix=f".{path.name}.", suffix=_BESIDE, dir=path.parent))
+            lock = _lock(beside, fcntl.LOCK_EX)
+        assert beside is not None
+        yield beside
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _as_ours(error, path) from error
+    finally:
+        if beside is not None:
+            _remove(beside)
+        if lock is not None:
+            os.close(lock)
+
+
+def _new_file(**place: Any) -> str:
+    handle, path = tempfile.mkstemp(**place)
+    os.close(handle)
+    return str(path)
+
+
+def _sweep(path: Path) -> None:
+    """Removes what killed writers of `path` have left beside it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_BESIDE}"):
+        with suppress(OSError):  # BlockingIOError: its writer lives
+            lock = _lock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock is not None:
+                _remove(left)
+                os.close(lock)
+
+
+def _lock(path: Path, how: int) -> int | None:
+    """The handle that keeps a file or folder locked until it is closed; None where it has vanished meanwhile.
+
+    On a file system without locks a writer goes on without; nothing is swept there.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, how)
+    except OSError as error:
+        if how & fcntl.LOCK_NB or error.errno not in _NO_LOCKS:
+            os.close(handle)
+            raise
+    if path.exists():
+        return handle
+    os.close(handle)
+    return None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _synced(path: Path, mode: int) -> Iterator[BinaryIO]:
+    """The file open for writing; on the disk, and with this mode, when the block ends."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        path.chmod(mode)
+        os.fsync(file.fileno())
+
+
+def _move_into_place(beside: Path, path: Path) -> None:
+    """Renames the folder `beside` to `path`; a folder that is there changes places with it, and so is dropped.
+
+    A file system that cannot exchange two names gets two renames; killed between them, it keeps the old folder under
+    the name `.NAME.old`.
+    """
+    if not path.exists():
+        beside.rename(path)
+    elif not _exchange(beside, path):
+        old = path.with_name(f".{path.name}.old")
+        path.rename(old)
+        beside.rename(path)
+        shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step; False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    failed = renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    if failed and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EXDEV):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return not failed
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in the folder last through a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _as_ours(error: OSError, path: Path) -> Exception:
-    import errno
-
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutOfResource(f"no space left to write {path}")
     return InputRefused(f"{path} cannot be written: {error.strerror or error}")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 import stat
 import struct
 import zlib
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
 from memopt.errors import BackendError, InputRefused, OutOfResource, first_line
+from memopt.npy import read_npy, view
 from memopt.sizes import show_size
 from memopt.tensors import Array
 
@@ -21,14 +20,8 @@ MAX_FILE_BYTES = 256 * 2**20
 MAX_PIXELS = 64 * 2**20  # a picture may not unpack to more; guards against decompression bombs
 MAX_SIDE = 2**16  # pixels in a row or a column
 _MAX_CHUNKS = 2**16  # of one PNG; libpng writes 8 KiB into each
-_MAX_HEADER_BYTES = 2**16  # of .npy and netpbm: comments are the only part without a length
+_MAX_HEADER_BYTES = 2**16  # of netpbm: comments are the only part without a length
 _PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # others run programs (EPS) or are rarely fuzzed
-_BYTE = np.dtype(np.uint8)
-_NPY_MAGIC = b"\x93NUMPY"
-# The header that numpy writes for an array without fields: version 1 has two bytes for its length, version 2 four.
-_NPY_HEADER = re.compile(
-    r"\{'descr': '([<>|=]?\w{1,9})', 'fortran_order': (True|False), 'shape': \(([\d, ]{0,99})\),? *\}\s*", re.ASCII
-)
 _GAP = rb"(?:\s|#[^\n]*\n)+"
 _NETPBM_HEADER = re.compile(rb"P[56]" + 3 * (_GAP + rb"(\d{1,9})") + rb"\s")
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -91,7 +84,7 @@ def _read_file(path: Path) -> bytes:
 
 def _decode(path: Path, data: bytes) -> Array:
     if path.suffix == ".npy":
-        return _checked(_read_npy(data))
+        return _checked(read_npy(data))
     if data[:2] in (b"P5", b"P6"):
         return _read_netpbm(data)
     if data.startswith(_PNG_MAGIC):
@@ -112,36 +105,6 @@ def _checked(array: Array) -> Array:
     return array
 
 
-def _read_npy(data: bytes) -> Array:
-    """A view of the bytes as the array that the header describes; `numpy.load` would first allocate what it claims."""
-    version = data[6:8]
-    if data[:6] != _NPY_MAGIC or version not in (b"\1\0", b"\2\0"):
-        raise ValueError("its first bytes are not those of a .npy file")
-    start = 10 if version == b"\1\0" else 12
-    (length,) = struct.unpack_from("<H" if start == 10 else "<I", data, 8)
-    header = _NPY_HEADER.fullmatch(data[start : start + min(length, _MAX_HEADER_BYTES)].decode("latin-1"))
-    if header is None:
-        raise ValueError("its header is not that of an array of numbers")
-    shape = tuple(int(size) for size in re.findall(r"\d+", header[3]))
-    try:
-        dtype = np.dtype(header[1])
-    except TypeError as error:
-        raise ValueError(first_line(error)) from error
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects")
-    return _view(data, shape, start + length, dtype=dtype, order="F" if header[2] == "True" else "C")
-
-
-def _view(
-    data: bytes, shape: tuple[int, ...], offset: int, *, dtype: np.dtype[Any] = _BYTE, order: Literal["C", "F"] = "C"
-) -> Array:
-    """The bytes from `offset` on as an array, not copied."""
-    size_bytes = math.prod(shape) * dtype.itemsize
-    if size_bytes > len(data) - offset:
-        raise ValueError(f"it has {len(data)} bytes, its header speaks of {size_bytes} for the pixels alone")
-    return np.ndarray(shape, dtype, data, offset, order=order)
-
-
 def _read_netpbm(data: bytes) -> Array:
     """Binary PGM (P5) or PPM (P6) with at most 8 bits; fewer levels are spread over 0 to 255, as Pillow does."""
     header = _NETPBM_HEADER.match(data[:_MAX_HEADER_BYTES])
@@ -154,7 +117,7 @@ def _read_netpbm(data: bytes) -> Array:
         raise ValueError("it has no levels")
     channels = 1 if data[:2] == b"P5" else 3
     check_size(width, height)
-    pixels = _view(data, (height, width, channels), header.end())
+    pixels = view(data, (height, width, channels), header.end())
     if top == 255:
         return pixels
     levels: Array = np.rint(np.arange(256) / top * 255).clip(0, 255).astype(np.uint8)

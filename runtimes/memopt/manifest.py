@@ -10,12 +10,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from memopt.cpu import CpuTarget
 from memopt.errors import IntegrityError, UsageError
 from memopt.strict_json import from_json, refuse_duplicates, to_json
 from memopt.tensors import TensorSpec
 
 FORMAT = "memopt.bundle"
-SCHEMA = "1.1"  # 1.1 added license_file and sbom
+SCHEMA = "1.2"  # 1.1 added license_file and sbom, 1.2 cpu
 MAX_MANIFEST_BYTES = 4 * 2**20
 
 
@@ -83,7 +84,7 @@ class VariantMemory:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the model: an ONNX graph, or an engine made from one."""
+    """One way to run the model: a portable ONNX graph, or what was made from one for some machines only."""
 
     id: str
     network: str  # "dense", "pruned", "student"
@@ -94,8 +95,18 @@ class Variant:
     memory: VariantMemory
     weights: str | None = None  # path of external initializers
     engine: EngineInfo | None = None
-    source: str | None = None  # id of the ONNX variant an engine was built from
+    source: str | None = None  # id of the portable variant that an engine or an optimized graph was made from
     metrics: dict[str, float] = field(default_factory=dict)
+    cpu: CpuTarget | None = None  # the only processors on which an optimized graph runs
+
+    def __post_init__(self) -> None:
+        if self.cpu is not None and (self.engine is not None or self.source is None):
+            raise IntegrityError(f"variant {self.id!r} is optimized for a processor, but is no graph with a source")
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether it runs wherever its runtime does, so that others can be made from it."""
+        return self.engine is None and self.cpu is None
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ class Manifest:
                 f"manifest schema is {self.schema}, this memopt reads {SCHEMA}", hint="pip install -U memopt"
             )
         refuse_duplicates("variant id", [variant.id for variant in self.variants])
-        refuse_duplicates("file", [file.path for file in self.files])
+        refuse_duplicates("file", [file.path.lower() for file in self.files])  # some file systems ignore case
         paths = {file.path for file in self.files}
         for path in self._references():
             if path not in paths:
@@ -163,13 +174,13 @@ class Manifest:
         for file in self.files:
             if not re.fullmatch(r"[0-9a-f]{64}", file.sha256) or file.size_bytes < 0:
                 raise IntegrityError(f"file {file.path!r} has no valid size and sha256")
-        ids = {variant.id for variant in self.variants}
         if self.golden is not None:
-            self._check_golden(self.golden, ids)
+            self._check_golden(self.golden, {variant.id for variant in self.variants})
+        portable = {variant.id for variant in self.variants if variant.is_portable}
         for variant in self.variants:
-            if variant.source is not None and variant.source not in ids:
+            if variant.source is not None and variant.source not in portable:
                 raise IntegrityError(
-                    f"variant {variant.id!r} comes from {variant.source!r}, which is not in the bundle"
+                    f"variant {variant.id!r} comes from {variant.source!r}, which is no portable variant of the bundle"
                 )
 
     def variant(self, variant_id: str) -> Variant:

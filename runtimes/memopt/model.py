@@ -11,7 +11,7 @@ from types import TracebackType
 import numpy as np
 
 from memopt.accuracy import softmax
-from memopt.batching import BatchFit, largest_batch, memory_curve, run_in_batches
+from memopt.batching import BatchFit, largest_batch, run_in_batches
 from memopt.bundle import Bundle, open_bundle
 from memopt.choice import Choice, choose
 from memopt.errors import InputRefused, OutOfResource, UsageError
@@ -181,10 +181,9 @@ class Model:
         Raises:
             OutOfResource: not even batch 1 fits.
         """
-        curve = memory_curve(self._choice.variant, runtime=self._choice.runtime, device=self._choice.device)
-        if curve is None:
+        if self._choice.curve is None:
             raise OutOfResource(f"what {self.variant} needs is not known", hint="pack it again with measured memory")
-        fit = largest_batch(curve, parse_size(limit))
+        fit = largest_batch(self._choice.curve, parse_size(limit))
         self._batch = fit.batch
         return fit
 

@@ -1,8 +1,9 @@
 """ONNX Runtime, on the CPU or through its CUDA provider.
 
 The external initializers of a bundle's graph are handed to the session as our own read-only mapping: they are neither
-extracted nor copied, and processes share their pages. A named device is required: the library's silent fallback to the
-CPU is found out and refused.
+extracted nor copied, and processes share their pages. A graph that is optimized already for this very processor opens
+as it is, which leaves almost no private memory. A named device is required: the library's silent fallback to the CPU is
+found out and refused.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ DEVICES = tuple(PROVIDERS)
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are "tensor(int8)" -> "int8"
 _ERRORS_ONLY = 3
+# Precisions whose kernels read weights as they lie in the file; the others are several times slower unless packed anew.
+READ_IN_PLACE = ("fp32", "fp16", "bf16")
 
 
 def version() -> str | None:
@@ -72,13 +75,17 @@ def unavailable(device: str) -> str | None:
 
 
 def refuses(artifact: Artifact) -> str | None:
-    """Why ONNX Runtime cannot open this kind of artifact; None when it can."""
-    return None if artifact.kind == "onnx" else f"onnxruntime opens .onnx, not .{artifact.kind}"
+    """Why ONNX Runtime cannot open this artifact; None when it can."""
+    if artifact.kind != "onnx":
+        return f"onnxruntime opens .onnx, not .{artifact.kind}"
+    return artifact.cpu.refusal(version()) if artifact.cpu is not None else None
 
 
 def open(artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> OrtSession:  # noqa: A001  # the arrow's name
     """A session on exactly this device; see `memopt.session.Runtime.open`."""
     reason = refuses(artifact) or unavailable(device)
+    if reason is None and not artifact.runs_on(device):
+        reason = f"{artifact.name} is optimized for a processor and does not run on {device}"
     if reason:
         raise BackendError(reason)
     import onnxruntime
@@ -86,6 +93,10 @@ def open(artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> OrtSes
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads
+    if artifact.cpu is not None:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if artifact.precision in READ_IN_PLACE:
+            options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         with _source(options, artifact) as model:
             session = onnxruntime.InferenceSession(model, options, providers=[PROVIDERS[device]])

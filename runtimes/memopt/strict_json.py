@@ -128,7 +128,7 @@ def _expect(kind: Any, value: Any, where: str) -> Any:
 
 
 def _load_strictly(data: bytes, where: str) -> Any:
-    """JSON without duplicate keys, NaN, infinities or absurd depth."""
+    """JSON without duplicate keys, NaN, infinities, halves of characters or absurd depth."""
 
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         refuse_duplicates(f"{where}: key", [key for key, _ in pairs])
@@ -144,6 +144,8 @@ def _load_strictly(data: bytes, where: str) -> Any:
     if max(data.count(b"["), data.count(b"{")) > 100_000:
         raise IntegrityError(f"{where}: too many nested values")
     try:
-        return json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=no_constant, parse_float=finite)
+        value = json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=no_constant, parse_float=finite)
+        json.dumps(value, ensure_ascii=False).encode()  # refuses one half of a surrogate pair
+        return value
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{where} is not valid JSON: {error}") from error

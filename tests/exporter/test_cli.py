@@ -277,6 +277,51 @@ def test_a_bundle_is_signed_and_checked(
     assert "not signed" in type_("verify", folder / "tiny.mopt").out
 
 
+def test_every_format_is_packed_inspected_and_told_apart_by_verify(
+    type_: Callable[..., Answer], folder: Path, tmp_path: Path
+) -> None:
+    from memopt_export.formats import FORMATS
+
+    kinds = {"mopt": "memopt bundle", "dir": "memopt bundle", "triton": "Triton model repository",
+             "ort": "ONNX Runtime model package"}  # fmt: skip
+    assert tuple(kinds) == FORMATS
+    assert f"[{'|'.join(FORMATS)}]" in type_("pack", "--help").out
+    for form, kind in kinds.items():
+        path = tmp_path / f"tiny.{form}"
+        packed = type_("pack", folder / "tiny.onnx", "--specialize", "local", "--format", form, "-o", path)
+        assert packed.code == 0, packed.err
+        ours = kind == "memopt bundle"
+        assert (": left out, " in packed.out) is not ours
+        assert f"next: memopt-export {'verify' if ours else 'inspect'} {path}" in packed.out
+        assert f", {kind}, " in type_("inspect", path).out
+        verified = type_("verify", path)
+        assert verified.code == (0 if ours else 3)
+        assert ours or "is a folder without memopt.json, so not a bundle" in verified.err
+
+
+def test_a_specialized_bundle_holds_here(type_: Callable[..., Answer], folder: Path, tmp_path: Path) -> None:
+    words = ("--data", folder / "data.npz", "--specialize", "local", "-o", tmp_path / "x.mopt")
+    (name, made) = json.loads(type_("pack", folder / "tiny.onnx", *words, "--json").out)["variants"]
+    parts = {part["variant"]: part for part in json.loads(type_("inspect", tmp_path / "x.mopt", "--json").out)["parts"]}
+    assert parts[name]["only_on"] is None
+    assert parts[made]["only_on"].startswith(made.removeprefix("tiny-"))
+    replays = json.loads(type_("verify", tmp_path / "x.mopt", "--run", "--json").out)["replays"]
+    assert {replay["variant"] for replay in replays if "max_difference" in replay} == {name, made}
+
+
+def test_what_gains_nothing_is_not_specialized_and_said(
+    type_: Callable[..., Answer], folder: Path, tmp_path: Path
+) -> None:
+    data = ("--data", folder / "data.npz")
+    assert type_("quantize", folder / "tiny.onnx", *data, "-o", tmp_path / "int8.onnx").code == 0
+    words = ("pack", folder / "tiny.onnx", tmp_path / "int8.onnx", *data, "--specialize", "local", "-o")
+    packed = json.loads(type_(*words, tmp_path / "x.mopt", "--json").out)
+    assert [name.partition("-")[0] for name in packed["variants"]] == ["tiny", "int8", "tiny"]
+    why = "not specialized: int8 weights are packed anew at every load, optimized or not"
+    assert packed["left_out"] == {"int8": why}
+    assert f"int8: {why}" in type_(*words, tmp_path / "y.mopt").out
+
+
 def test_a_licence_file_is_packed(type_: Callable[..., Answer], folder: Path, tmp_path: Path) -> None:
     words = ("pack", folder / "tiny.onnx", "--license", "MIT", "-o", tmp_path / "x.mopt")
     assert type_(*words, "--license-file", folder / "other.txt").code == 0

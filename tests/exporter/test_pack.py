@@ -138,6 +138,8 @@ def test_variants_have_the_same_inputs_and_safe_names(tiny_contents: Contents, t
 def test_labels_are_as_many_as_classes_and_variants_are_called_once(tiny_contents: Contents) -> None:
     with pytest.raises(InputRefused, match="2 labels for 3 classes"):
         replace(tiny_contents, labels=("zero", "one"))
+    with pytest.raises(InputRefused, match=r"label 'o\\nne' has more than one line"):
+        replace(tiny_contents, labels=("zero", "o\nne", "two"))
     with pytest.raises(UsageError, match="two variants are called 'large'; hint: rename one"):
         replace(tiny_contents, parts=(tiny_contents.parts[0], tiny_contents.parts[0]))
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memopt import archive
 from memopt.archive import PAGE, Entry, read_archive, write_archive
 from memopt.errors import InputRefused, IntegrityError
 
@@ -67,6 +69,82 @@ def test_bytes_before_or_after_are_refused(extra: bytes) -> None:
     for data in (extra + written(), written() + extra):
         with pytest.raises(IntegrityError):
             read_archive(memoryview(data))
+
+
+@pytest.fixture(params=[1, 200, 300, 10_000], ids="wide from {}".format)
+def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Numbers of 64 bits from here on, as if the file were larger than 4 GiB: sizes, offsets, the directory's place.
+
+    1: everything. 200: an entry, offsets, the directory. 300: offsets, the directory. 10 000: the directory's place.
+    """
+    monkeypatch.setattr(archive, "_WIDE_FROM", request.param)
+    return request.param
+
+
+def test_numbers_of_64_bits_are_written_where_they_are_needed(wide: int) -> None:
+    entries = (*ENTRIES, Entry("last.bin", bytes(7000), PAGE))
+    data = written(entries)
+    assert contents(data) == {entry.name: entry.data for entry in entries}
+    spans = read_archive(memoryview(data)).values()
+    assert [span.offset % entry.align for span, entry in zip(spans, entries, strict=True)] == [0] * 4
+    assert data[-98:-94] == b"PK\x06\x06"
+    assert data[-42:-38] == b"PK\x06\x07"
+    with zipfile.ZipFile(io.BytesIO(data)) as found:
+        assert found.testzip() is None
+        assert {name: found.read(name) for name in found.namelist()} == {entry.name: entry.data for entry in entries}
+        assert [info.extract_version for info in found.infolist()] == [
+            45 if max(len(entry.data), info.header_offset) >= wide else 20
+            for entry, info in zip(entries, found.infolist(), strict=True)
+        ]
+
+
+def test_numbers_of_64_bits_are_refused_where_none_are_needed_and_missed_where_they_are(
+    wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = (*ENTRIES, Entry("last.bin", bytes(7000), PAGE))
+    data = written(entries)
+    monkeypatch.setattr(archive, "_WIDE_FROM", 2**32 - 1)
+    with pytest.raises(IntegrityError):
+        read_archive(memoryview(data))
+    data = written(entries)
+    monkeypatch.setattr(archive, "_WIDE_FROM", wide)
+    with pytest.raises(IntegrityError):
+        read_archive(memoryview(data))
+
+
+def test_every_damage_to_an_archive_with_numbers_of_64_bits_is_refused(wide: int, flipped) -> None:
+    data = written()
+    spans = read_archive(memoryview(data))
+    inside = {i for span in spans.values() for i in range(span.offset, span.offset + span.size_bytes)}
+    padding = range(150, spans["a/b.bin"].offset - 10)
+    for position in set(range(len(data))) - inside - set(padding[::3]) - set(padding[1::3]):
+        for bit in range(8):
+            with pytest.raises(IntegrityError):
+                read_archive(memoryview(flipped(data, position, bit)))
+    for length in (*range(0, len(data) - 400, 7), *range(len(data) - 400, len(data))):
+        with pytest.raises(IntegrityError):
+            read_archive(memoryview(data[:length]))
+
+
+def test_numbers_beyond_32_bits_are_laid_out_exactly() -> None:
+    """Without writing 4 GiB: the headers around an entry of 5 GiB, and what stands behind it."""
+    size = 5 * 2**30
+    head = archive._Head("w.data", size, 0, PAGE)
+    local = head.local(0)
+    assert len(local) == PAGE
+    assert struct.unpack_from("<2I", local, 18) == (2**32 - 1, 2**32 - 1)
+    assert struct.unpack_from("<2H2Q", local, 36) == (1, 16, size, size)
+    behind = archive._Head("x", 1, 0, 64)
+    assert struct.unpack_from("<2HQ", behind.central(PAGE + size), 47) == (1, 8, PAGE + size)
+    end = archive._end(2, PAGE + size + 100, 150)
+    assert struct.unpack_from("<Q", end, 48) == (PAGE + size + 100,)
+    assert len(archive._end(2, 2**32 - 2, 150)) == 22
+    assert len(archive._end(2, 2**32 - 1, 150)) == 22 + 20 + 56
+
+
+def test_more_files_than_are_read_are_not_written() -> None:
+    with pytest.raises(InputRefused, match="would have 4097 files, at most 4096 are read"):
+        written(tuple(Entry(f"f{i}", b"") for i in range(4097)))
 
 
 def hostile(write) -> bytes:

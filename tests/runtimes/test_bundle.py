@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memopt.bundle import MANIFEST, open_bundle
+from memopt.bundle import MANIFEST, Bundle, open_bundle
 from memopt.errors import InputRefused, IntegrityError, MemoptError, UsageError
 from memopt_export.pack import Contents, pack
 
@@ -53,6 +53,29 @@ def test_every_damaged_byte_of_a_listed_file_is_found(tiny_bundle: Path, tmp_pat
         with pytest.raises(MemoptError) as caught:
             open_bundle(copy)
         assert caught.value.exit_code in (3, 4)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], Bundle]:
+    """A function that opens the bundle in these bytes, without a file."""
+
+    def open_(data: bytes) -> Bundle:
+        monkeypatch.setattr("memopt.bundle.map_file", lambda path: memoryview(data))
+        return open_bundle("x.mopt")
+
+    return open_
+
+
+def test_every_truncation_and_every_changed_byte_of_a_bundle_is_refused(opened: Callable[[bytes], Bundle]) -> None:
+    data = (Path(__file__).parent / "golden" / "schema-1.0.mopt").read_bytes()
+    assert opened(data).labels == ("zero", "one", "two")
+    for length in range(1, len(data)):
+        with pytest.raises(MemoptError):
+            opened(data[:length])
+    for position, byte in enumerate(data):
+        changed = data[:position] + bytes([byte ^ (1 << position % 8)]) + data[position + 1 :]
+        with pytest.raises(MemoptError):
+            opened(changed)
 
 
 def test_a_damaged_file_is_named(tiny_bundle: Path, tmp_path: Path, flipped: Callable) -> None:
