@@ -6,18 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from memopt.accuracy import sqnr_db, top1
 from memopt.errors import InputRefused, UsageError
 from memopt.tensors import Array
 from memopt_export import plan as planning
-from memopt_export.graph import Graph, Wiring, label, run_graph, wire
+from memopt_export.calibrate import batches_for
+from memopt_export.graph import Graph, Wiring, label, run_batches, wire
 from memopt_export.means import Means
 from memopt_export.placement import has_weight
 from memopt_export.quantize import Quantized, quantize, static_int8, to_quantize
 from memopt_export.recipe import Recipe
 
 if TYPE_CHECKING:
-    from memopt_models.data import Pictures, Samples
+    from memopt_models.data import Batches, Pictures, Samples
 
 _RANKING_SAMPLES = 128  # enough to order layers; the budget itself is judged on all
 _MORE_TRIES = 3  # whole quantizations, with one more layer in float each
@@ -93,13 +96,13 @@ def within(
         UsageError: a drop is limited and no labels are known.
         InputRefused: as by `quantize`.
     """
-    judge = _Judge.of(graph, judged, needs_labels=budget.max_drop_points is not None)
+    judge = _Judge.of(graph, judged, means, needs_labels=budget.max_drop_points is not None)
     done = quantize(graph, recipe, calibration, means)
     reached = judge(done.graph)
     if budget.holds(reached):
         return Kept(done, recipe, (), holds=True, reached=str(reached))
     variants = _Variants.of(graph, recipe, calibration, means)
-    ranking = _rank(variants, recipe, _ranking_judge(graph, judged), means)
+    ranking = _rank(variants, recipe, _ranking_judge(graph, judged, means), means)
 
     def without(count: int) -> Recipe:
         return replace(recipe, exclude=(*recipe.exclude, *(each.layer for each in ranking[:count])))
@@ -121,7 +124,7 @@ def rank(
 ) -> tuple[Sensitivity, ...]:
     """Every layer that is quantized, the one first that gives most when it alone stays float."""
     variants = _Variants.of(graph, recipe, calibration, means)
-    return _rank(variants, recipe, _ranking_judge(graph, judged), means)
+    return _rank(variants, recipe, _ranking_judge(graph, judged, means), means)
 
 
 def _rank(variants: _Variants, recipe: Recipe, judge: _Judge, means: Means) -> tuple[Sensitivity, ...]:
@@ -138,8 +141,9 @@ def _rank(variants: _Variants, recipe: Recipe, judge: _Judge, means: Means) -> t
     return tuple(sorted(found, key=lambda each: -each.sqnr_db))
 
 
-def _ranking_judge(graph: Graph, judged: Samples) -> _Judge:
-    return _Judge.of(graph, judged.pick(slice(graph.fixed_batch or _RANKING_SAMPLES)), needs_labels=False)
+def _ranking_judge(graph: Graph, judged: Samples, means: Means) -> _Judge:
+    some = max(graph.fixed_batch or 0, _RANKING_SAMPLES)
+    return _Judge.of(graph, judged.pick(slice(some)), means, needs_labels=False)
 
 
 def _smallest(holds: Callable[[int], bool], most: int) -> int:
@@ -196,26 +200,34 @@ def _planned(graph: Graph) -> tuple[int, int]:
 class _Judge:
     """Holds graphs against the float graph's outputs."""
 
-    samples: Samples
+    batches: Batches
     expected: Array
     top1: float | None
 
     @classmethod
-    def of(cls, graph: Graph, samples: Samples, *, needs_labels: bool) -> _Judge:
-        expected = run_graph(graph, samples.feeds)[0]
+    def of(cls, graph: Graph, samples: Samples, means: Means, *, needs_labels: bool) -> _Judge:
+        batches = batches_for(graph, samples, means)
+        expected = _outputs(graph, batches)
         if needs_labels and (samples.labels is None or expected.ndim != 2):
             raise UsageError("--max-drop needs labelled samples and class scores", hint="--min-sqnr DB")
         known = samples.labels is not None and expected.ndim == 2
-        return cls(samples, expected, _top1(expected, samples) if known else None)
+        return cls(batches, expected, _top1(expected, batches) if known else None)
 
     def __call__(self, graph: Graph) -> Reached:
-        got = run_graph(graph, self.samples.feeds)[0]
+        got = _outputs(graph, self.batches)
         if self.top1 is None:
             return Reached(sqnr_db(got, self.expected))
-        reached = _top1(got, self.samples)
+        reached = _top1(got, self.batches)
         return Reached(sqnr_db(got, self.expected), reached, 100 * (self.top1 - reached))
 
 
-def _top1(outputs: Array, samples: Samples) -> float:
-    assert samples.labels is not None
-    return top1(outputs, samples.labels)
+def _outputs(graph: Graph, batches: Batches) -> Array:
+    """The first output for all samples."""
+    if not len(batches):
+        raise InputRefused(f"{batches.samples.source} is less than one batch of the graph", hint="--data with more")
+    return np.concatenate([outputs[0] for outputs in run_batches(graph, batches)])
+
+
+def _top1(outputs: Array, batches: Batches) -> float:
+    assert batches.samples.labels is not None
+    return top1(outputs, batches.samples.labels)

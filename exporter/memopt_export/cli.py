@@ -120,6 +120,10 @@ def _quantizing(command: _Command) -> _Command:
         click.option("--calibration", help=f"Of ranges: {', '.join(CALIBRATIONS)}.  [default: mse]"),
         click.option("--percentile", type=float, help="For --calibration percentile, 50 to 100.  [default: 99.999]"),
         click.option("--correction", help=f"Of rounded weights: {', '.join(CORRECTIONS)}.  [default: gptq]"),
+        click.option(
+            "--equalize/--no-equalize", default=None,
+            help="Bring channels to similar ranges first; the float graph computes the same.  [default: equalize]",
+        ),
         click.option("--weight-bits", type=int, help="Of integer layers: 8, or 7 without VNNI.  [default: 8]"),
         click.option(
             "--group-size", type=int,
@@ -134,6 +138,7 @@ def _quantizing(command: _Command) -> _Command:
         click.option("--memory-limit", type=_Size(), metavar="SIZE", help="The process holds no more, such as 1GiB."),
         click.option("--recipe", type=click.Path(path_type=Path), help="TOML file that says all of the above."),
         click.option("--save-recipe", type=click.Path(path_type=Path), help="Write it, as it was used in the end."),
+        click.option("--external-data", is_flag=True, help="Weights beside, in OUT.onnx.data; always from 2 GiB on."),
         click.option(
             "--no-measure", "measure", is_flag=True, flag_value=False, default=True,
             help="Skip latency and memory, which take two processes and some seconds.",

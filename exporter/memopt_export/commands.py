@@ -84,6 +84,7 @@ class QuantizeRequest:
     calibration: str | None = None
     percentile: float | None = None
     correction: str | None = None
+    equalize: bool | None = None
     weight_bits: int | None = None
     group_size: int | None = None
     convert_io: bool | None = None
@@ -95,6 +96,7 @@ class QuantizeRequest:
     min_sqnr: float | None = None  # dB
     sensitivity: bool = False
     memory_limit: int | None = None  # bytes
+    external_data: bool = False
     measure: bool = True
     data_root: Path | None = None
     force: bool = False
@@ -336,7 +338,11 @@ def quantize(
         given = partial(stream_samples, asked.data, inputs=graph.inputs, root=request.data_root)
         calibration = given(split="train", at_most=asked.samples, seed=asked.seed)
         judged = open_samples(
-            asked.data, split="validation", inputs=graph.inputs, root=request.data_root, at_most=_JUDGED_SAMPLES
+            asked.data,
+            split="validation",
+            inputs=graph.inputs,
+            root=request.data_root,
+            at_most=max(_JUDGED_SAMPLES, graph.fixed_batch or 0),
         )
     means = Means(asked.batch_size, on_step=on_step)
     made = _within_memory(request, _Making(graph, asked.recipe, calibration, judged, means), say)
@@ -348,13 +354,13 @@ def quantize(
     else:
         verdict = judge.unmeasured(verdict, "--no-measure")
     saved, told = replace(asked, recipe=made.recipe, batch_size=made.means.batch_size), done.quantization
-    save_graph(done, output, force=request.force)
+    save_graph(done, output, force=request.force, external=request.external_data)
     if request.save_recipe is not None:
         save_recipe(saved, request.save_recipe, force=request.force)
     return SavedQuantized(
         path=str(output),
         precision=done.precision,
-        sha256=done.sha256,
+        sha256=sha256_file(output),
         recipe=saved,
         calibrated=f"{told.samples} samples of {told.source}, seed {told.seed}" if told and told.source else None,
         kept_float=made.quantized.kept_float,

@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 import memopt_export
+from memopt.files import sha256_file
 from memopt.memory import Bill, HostMemory
 from memopt.probe import Measurement
 from memopt_export import cli, judge
-from memopt_export.graph import load_graph, save_graph
+from memopt_export.graph import Graph, load_graph, save_graph
 from memopt_export.means import UNLIMITED
 from memopt_export.quantize import quantize
 from memopt_export.recipe import Recipe, RecipeFile, read_recipe, save_recipe
@@ -271,3 +273,41 @@ def test_a_memory_limit_says_what_is_needed_first_and_caps_the_work(
     assert "needs 300 MiB" in answer.err
     assert limit == [("cap", 512 * MIB), ("uncap", 512 * MIB)]
     assert read_recipe(folder / "q.toml").batch_size == 4
+
+
+def test_a_graph_of_a_fixed_batch_is_held_to_a_budget(
+    type_: Callable[..., Answer], folder: Path, cnn: Callable[..., Any]
+) -> None:
+    """Of its 20 validation samples it takes four at a time."""
+    model = cnn().model()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    save_graph(Graph(model, "0" * 64), folder / "cnn.onnx", force=True)
+    answer = type_(*QUICK, "--min-sqnr", 300, "--max-drop", 100, "--json")
+    assert answer.code == 1, answer.err
+    found = json.loads(answer.out)
+    assert found["verdict"]["samples"] == 20
+    assert {each["layer"] for each in found["ranking"]} == {"stem", "depthwise", "pointwise", "wide", "fc"}
+
+
+# --- files
+
+
+def test_weights_go_beside_the_graph_on_request(type_: Callable[..., Answer], folder: Path) -> None:
+    assert type_(*QUICK).code == 0
+    whole = load_graph(folder / "q.onnx")
+    answer = type_(*QUICK, "--external-data", "--force", "--json")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["sha256"] == sha256_file(folder / "q.onnx")
+    assert (folder / "q.onnx.data").stat().st_size > (folder / "q.onnx").stat().st_size / 10
+    apart = load_graph(folder / "q.onnx")
+    assert apart.quantization == whole.quantization
+    assert apart.weights_bytes() == whole.weights_bytes()
+    again = type_(*QUICK, "--external-data", "--force", "--json")
+    assert json.loads(again.out)["sha256"] == json.loads(answer.out)["sha256"]
+
+
+def test_equalization_is_said_and_unsaid(type_: Callable[..., Answer], folder: Path) -> None:
+    assert type_(*QUICK, "--no-equalize", "--save-recipe", "q.toml").code == 0
+    assert read_recipe(folder / "q.toml").recipe.equalize is False
+    answer = type_("--recipe", "q.toml", "--equalize", "--force", "--json")
+    assert json.loads(answer.out)["recipe"]["recipe"]["equalize"] is True
