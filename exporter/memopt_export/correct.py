@@ -153,6 +153,7 @@ def _look(work: _Work, walks: _Walks, geometry: Geometry, matrix: Array, samples
     groups, _, inputs = matrix.shape
     shape = (groups * (parts or 1), inputs // (parts or 1))
     moments = np.zeros((shape[0], shape[1], shape[1]) if parts else (0, 0, 0))
+    sums, count = np.zeros(shape), 0
     wanted = min(max(_ROWS_PER_INPUT * inputs, _FEWEST_ROWS), _MOST_ROWS)
     kept = max(min(_COMPARED_ROWS, _COMPARED_BYTES // (4 * groups * inputs)), 1)
     rows, expected = [], []
@@ -160,9 +161,13 @@ def _look(work: _Work, walks: _Walks, geometry: Geometry, matrix: Array, samples
     for read, some, plain in _in_blocks(drawn, max(_BLOCK_ROWS * samples // wanted, 1)):
         if parts:
             divided = read.reshape(groups, read.shape[1], parts, -1).swapaxes(1, 2)
-            moments += _second_moments(divided.reshape(shape[0], read.shape[1], shape[1]))
+            divided = divided.reshape(shape[0], read.shape[1], shape[1])
+            moments += _second_moments(divided)
+            sums += divided.sum(axis=1)
+            count += read.shape[1]
         rows.append(some)
         expected.append(_multiply(plain, matrix))
+    moments = _without_chance(moments, sums, count) if parts else moments
     return _Found(moments, np.concatenate(rows, axis=1), np.concatenate(expected))
 
 
@@ -200,6 +205,30 @@ def _in_blocks(drawn: Iterator[tuple[Array, ...]], size: int) -> Iterator[tuple[
 
 def _second_moments(rows: Array) -> Array:
     return np.asarray(rows.swapaxes(1, 2) @ rows)
+
+
+def _without_chance(moments: Array, sums: Array, count: int) -> Array:
+    """Moments as more rows would give them: covariances shrunk by the part of them that so few rows show by chance.
+
+    Without this, weights make up for errors of inputs that only seemed to go together: 192 inputs that have nothing in
+    common lose 2 dB by GPTQ on 32 rows, and 0.7 dB on 600. The part is that of J. Schäfer and K. Strimmer 2005,
+    https://doi.org/10.2202/1544-6115.1175, section 2.4 (target D), with the variance of a covariance as normal inputs
+    have it.
+
+    Args:
+        moments: x^T x, (groups, inputs, inputs).
+        sums: of the rows, (groups, inputs).
+        count: of the rows.
+    """
+    means = sums / count
+    both = means[:, :, None] * means[:, None, :]
+    covariances = moments / count - both
+    variances = np.diagonal(covariances, axis1=1, axis2=2)
+    own = variances[:, :, None] * np.eye(covariances.shape[1])
+    squares = np.square(covariances - own).sum(axis=(1, 2))
+    chance = (variances.sum(axis=1) ** 2 - np.square(variances).sum(axis=1) + squares) / count
+    part = np.minimum(chance / np.maximum(squares, np.finfo(np.float64).tiny), 1.0)[:, None, None]
+    return np.asarray((covariances + (own - covariances) * part + both) * count)
 
 
 def _parts(inputs: int) -> int | None:
