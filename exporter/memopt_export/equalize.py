@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from memopt.tensors import Array
+from memopt_export.bodies import captured
 from memopt_export.graph import Graph, Wiring, attribute, wire
 from memopt_export.patches import Geometry
 from memopt_export.placement import Placement
@@ -111,6 +112,7 @@ def _channel_sets(wiring: Wiring) -> Iterator[_ChannelSet]:
             home.update(dict.fromkeys(other.tensors, one))
 
     for index, node in enumerate(wiring.nodes):
+        blocked += captured(node)
         activations = [name for name in node.input if name and not wiring.is_constant(name)]
         if _is_layer(node, wiring):
             set_of(node.input[0]).readers.append(index)
