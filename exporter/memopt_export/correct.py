@@ -8,8 +8,10 @@ where a ReLU6 discards the values.
 
 from __future__ import annotations
 
+import itertools
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from memopt_export.walk import Walk
 _ROWS_PER_INPUT, _FEWEST_ROWS, _MOST_ROWS = 4, 4096, 16384
 # Rows on which outputs are compared, and what they may take.
 _COMPARED_ROWS, _COMPARED_BYTES = 4096, 32 * 2**20
+_BLOCK_ROWS = 1024  # whose moments are taken, and outputs computed, at once
 # Inputs whose moments are taken together; a layer with more is rounded in parts, since the cost is their third power.
 _MOST_INPUTS = 1536
 _ROUNDS = 3  # of the correction of a bias; the function behind is not linear
@@ -70,7 +73,7 @@ def choose_weights(
             start = nearest(layer, wiring, placement, ranges, largest=largest)
             work = _Work(layer, wiring, simulation, inputs, largest, int32_bias=FORMATS[placement.form].int32_bias)
             chosen[layer.index] = stored = _choose(
-                work, walks, len(batches), start, rounds_in_order=recipe.correction == "gptq"
+                work, walks, ranges.samples, start, rounds_in_order=recipe.correction == "gptq"
             )
             walks.quantized.change(simulation.weights[layer.index], stored.weight)
             if stored.bias is not None:
@@ -112,7 +115,7 @@ class _Work:
         return np.asarray(quantize_bias(stored.bias, scale) * scale, np.float32)
 
 
-def _choose(work: _Work, walks: _Walks, batches: int, start: Stored, *, rounds_in_order: bool) -> Stored:
+def _choose(work: _Work, walks: _Walks, samples: int, start: Stored, *, rounds_in_order: bool) -> Stored:
     """The layer's weights and bias; `start` has them rounded to nearest."""
     node = work.wiring.nodes[work.layer.index]
     weight, bias = float_weights(node, work.wiring)
@@ -120,7 +123,7 @@ def _choose(work: _Work, walks: _Walks, batches: int, start: Stored, *, rounds_i
     matrix = geometry.matrix(weight)
     bias = np.zeros(matrix.shape[0] * matrix.shape[1], np.float32) if bias is None else bias
     parts = parts_of(matrix.shape[2]) if rounds_in_order else None
-    found = _look(work, walks, geometry, matrix, batches, parts)
+    found = _look(work, walks, geometry, matrix, samples, parts)
     stored = start
     if parts is not None:
         rounded = _round(matrix, start.affine, found.moments, work.largest)
@@ -145,26 +148,59 @@ class _Found:
     expected: Array  # the float layer's outputs at the same rows, without bias, (rows, channels)
 
 
-def _look(work: _Work, walks: _Walks, geometry: Geometry, matrix: Array, batches: int, parts: int | None) -> _Found:
+def _look(work: _Work, walks: _Walks, geometry: Geometry, matrix: Array, samples: int, parts: int | None) -> _Found:
+    """Drawn sample by sample and summed in blocks of samples, so that nothing depends on how many run at once."""
     groups, _, inputs = matrix.shape
     shape = (groups * (parts or 1), inputs // (parts or 1))
     moments = np.zeros((shape[0], shape[1], shape[1]) if parts else (0, 0, 0))
+    sums, count = np.zeros(shape), 0
     wanted = min(max(_ROWS_PER_INPUT * inputs, _FEWEST_ROWS), _MOST_ROWS)
     kept = compared_rows(groups * inputs)
+    rows, expected = [], []
+    drawn = _draw(work, walks, geometry, wanted / samples if parts else 0, kept / samples)
+    for read, some, plain in _in_blocks(drawn, max(_BLOCK_ROWS * samples // wanted, 1)):
+        if parts:
+            divided = read.reshape(groups, read.shape[1], parts, -1).swapaxes(1, 2)
+            divided = divided.reshape(shape[0], read.shape[1], shape[1])
+            moments += _second_moments(divided)
+            sums += divided.sum(axis=1)
+            count += read.shape[1]
+        rows.append(some)
+        expected.append(_multiply(plain, matrix))
+    moments = _without_chance(moments, sums, count) if parts else moments
+    return _Found(moments, np.concatenate(rows, axis=1), np.concatenate(expected))
+
+
+def _draw(
+    work: _Work, walks: _Walks, geometry: Geometry, wanted: float, kept: float
+) -> Iterator[tuple[Array, Array, Array]]:
+    """Of each sample `wanted` rows that the quantized layer reads, `kept` of them, and the float layer's at the same
+    places. A tensor that does not divide into the samples of its batch counts as one.
+    """
     index = work.layer.index
     names = work.wiring.nodes[index].input[0], walks.quantized.reads(work.simulation.positions[index])
-    rng = np.random.default_rng(index)
-    rows, expected = [], []
-    for (plain,), (quantized,) in zip(walks.plain.read(names[0]), walks.quantized.read(names[1]), strict=True):
-        there = geometry.positions(quantized)
-        drawn = rng.permutation(there)[: -(-wanted // batches)]
-        some = np.sort(drawn[: -(-kept // batches)])
-        if parts:
-            read = geometry.rows(quantized, np.sort(drawn)).reshape(groups, len(drawn), parts, -1)
-            moments += _second_moments(read.swapaxes(1, 2).reshape(shape[0], len(drawn), shape[1]))
-        rows.append(geometry.rows(quantized, some))
-        expected.append(_multiply(geometry.rows(plain, some), matrix))
-    return _Found(moments, np.concatenate(rows, axis=1), np.concatenate(expected))
+    both = zip(walks.plain.read(names[0]), walks.quantized.read(names[1]), strict=True)
+    sample = 0
+    for batch, ((plain,), (quantized,)) in enumerate(both):
+        size = walks.plain.samples(batch)
+        pieces = size if len(quantized) % size == 0 else 1
+        there, share = geometry.positions(quantized) // pieces, size // pieces
+        read, compared = (min(math.ceil(count * share), there) for count in (wanted, kept))
+        seeds = [(index, sample + share * piece) for piece in range(pieces)]
+        drawn = [np.random.default_rng(seed).choice(there, max(read, compared), replace=False) for seed in seeds]
+        chosen, some = (
+            np.concatenate([np.sort(each[:count]) + there * piece for piece, each in enumerate(drawn)])
+            for count in (read, compared)
+        )
+        found = geometry.rows(quantized, chosen), geometry.rows(quantized, some), geometry.rows(plain, some)
+        yield from zip(*(np.split(rows, pieces, axis=1) for rows in found), strict=True)
+        sample += size
+
+
+def _in_blocks(drawn: Iterator[tuple[Array, ...]], size: int) -> Iterator[tuple[Array, ...]]:
+    """The rows of so many draws, joined."""
+    while block := list(itertools.islice(drawn, size)):
+        yield tuple(np.concatenate(arrays, axis=1) for arrays in zip(*block, strict=True))
 
 
 def compared_rows(inputs: int) -> int:
@@ -174,6 +210,30 @@ def compared_rows(inputs: int) -> int:
 
 def _second_moments(rows: Array) -> Array:
     return np.asarray(rows.swapaxes(1, 2) @ rows)
+
+
+def _without_chance(moments: Array, sums: Array, count: int) -> Array:
+    """Moments as more rows would give them: covariances shrunk by the part of them that so few rows show by chance.
+
+    Without this, weights make up for errors of inputs that only seemed to go together: 192 inputs that have nothing in
+    common lose 2 dB by GPTQ on 32 rows, and 0.7 dB on 600. The part is that of J. Schäfer and K. Strimmer 2005,
+    https://doi.org/10.2202/1544-6115.1175, section 2.4 (target D), with the variance of a covariance as normal inputs
+    have it.
+
+    Args:
+        moments: x^T x, (groups, inputs, inputs).
+        sums: of the rows, (groups, inputs).
+        count: of the rows.
+    """
+    means = sums / count
+    both = means[:, :, None] * means[:, None, :]
+    covariances = moments / count - both
+    variances = np.diagonal(covariances, axis1=1, axis2=2)
+    own = variances[:, :, None] * np.eye(covariances.shape[1])
+    squares = np.square(covariances - own).sum(axis=(1, 2))
+    chance = (variances.sum(axis=1) ** 2 - np.square(variances).sum(axis=1) + squares) / count
+    part = np.minimum(chance / np.maximum(squares, np.finfo(np.float64).tiny), 1.0)[:, None, None]
+    return np.asarray((covariances + (own - covariances) * part + both) * count)
 
 
 def parts_of(inputs: int) -> int | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from memopt.tensors import Array
+from memopt_export.bodies import captured
 from memopt_export.graph import Graph, Wiring, attribute, wire
 from memopt_export.patches import Geometry
 from memopt_export.placement import Placement
@@ -82,8 +83,13 @@ class _Statistics:
     """Of the channels of a tensor on the samples, (channels,)."""
 
     largest: Array  # magnitude
-    square: Array  # mean
+    squares: Array  # the mean over a sample, added up
     samples: int
+
+    @property
+    def square(self) -> Array:
+        """Mean over all samples."""
+        return np.asarray(self.squares / self.samples)
 
 
 def _channel_sets(wiring: Wiring) -> Iterator[_ChannelSet]:
@@ -106,6 +112,7 @@ def _channel_sets(wiring: Wiring) -> Iterator[_ChannelSet]:
             home.update(dict.fromkeys(other.tensors, one))
 
     for index, node in enumerate(wiring.nodes):
+        blocked += captured(node)
         activations = [name for name in node.input if name and not wiring.is_constant(name)]
         if _is_layer(node, wiring):
             set_of(node.input[0]).readers.append(index)
@@ -156,30 +163,31 @@ def _axes(node: onnx.NodeProto, wiring: Wiring) -> list[int]:
 def _look(
     graph: Graph, tensors: Sequence[str], batches: Sequence[Mapping[str, Array]], cuts: Sequence[int]
 ) -> dict[str, _Statistics]:
-    found: dict[str, list[_Statistics]] = {}
+    found: dict[str, _Statistics] = {}
     with tempfile.TemporaryDirectory(prefix="memopt-") as folder:
         walk = Walk(graph.model, batches, Path(folder))
         for stop in (*cuts, len(graph.model.graph.node)):
             own = [name for name in tensors if walk.position <= walk.writer(name) < stop]
             for batch in walk.advance(stop, own):
                 for name, array in zip(own, batch, strict=True):
-                    found.setdefault(name, []).append(_statistics(array))
-    return {name: _merged(each) for name, each in found.items()}
+                    for sample in array:  # one by one, so that no sum depends on how many run at once
+                        found[name] = _joined(found.get(name), _statistics(sample))
+    return found
 
 
-def _statistics(array: Array) -> _Statistics:
-    others = (0, *range(2, array.ndim))
-    largest = np.maximum(array.max(axis=others), -array.min(axis=others))
-    square = np.square(array).sum(axis=others, dtype=np.float64) / (array.size // array.shape[1])
-    return _Statistics(largest, square, len(array))
+def _statistics(sample: Array) -> _Statistics:
+    flat = sample.reshape(len(sample), -1)
+    largest = np.maximum(flat.max(axis=1), -flat.min(axis=1))
+    return _Statistics(largest, np.square(flat).mean(axis=1, dtype=np.float64), 1)
 
 
-def _merged(parts: Sequence[_Statistics]) -> _Statistics:
-    samples = [part.samples for part in parts]
+def _joined(first: _Statistics | None, second: _Statistics) -> _Statistics:
+    if first is None:
+        return second
     return _Statistics(
-        np.max([part.largest for part in parts], axis=0),
-        np.average([part.square for part in parts], axis=0, weights=samples),
-        sum(samples),
+        np.maximum(first.largest, second.largest),
+        first.squares + second.squares,
+        first.samples + second.samples,
     )
 
 

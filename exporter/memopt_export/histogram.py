@@ -14,6 +14,7 @@ from memopt_export.affine import Affine
 
 BINS = 8192  # 32 for each of 256 levels, so that a bin's middle stands for its values
 _CHUNK = 2**18  # values counted together
+_SMALLEST_STEP = float(np.finfo(np.float32).tiny)  # its inverse is still a float32
 # Rounding errs at random and averages out behind a layer; clipping always errs towards zero and adds up. Squares of
 # clipping errors weigh this much more. Between 4 and 256 it makes little difference; at 1, the plain mean of squares,
 # networks whose last layers are sparse lose 5 dB.
@@ -38,7 +39,7 @@ class Histogram:
     def between(cls, low: float, high: float) -> Histogram:
         """An empty one over [low, high], widened to hold zero."""
         low, high = min(low, 0.0), max(high, 0.0)
-        step = (high - low) / (BINS - 2) or 1.0
+        step = max((high - low) / (BINS - 2), _SMALLEST_STEP) if high > low else 1.0
         return cls(step, math.ceil(-low / step), np.zeros(BINS, np.int64))
 
     def count(self, values: Array) -> None:

@@ -71,7 +71,8 @@ class Geometry:
         spatial = windows.shape[2 : 2 + len(self.kernel)]
         sample, *place = np.unravel_index(positions, (len(read), *spatial))
         found = np.moveaxis(windows, 1, -1)[(sample, *place)]  # (positions, kernel..., channels)
-        found = np.moveaxis(found, -1, 1).reshape(len(positions), self.groups, -1)
+        inputs = read.shape[1] // self.groups * int(np.prod(self.kernel))
+        found = np.moveaxis(found, -1, 1).reshape(len(positions), self.groups, inputs)
         return np.ascontiguousarray(found.transpose(1, 0, 2))
 
     def _windows(self, read: Array) -> Array:

@@ -63,6 +63,7 @@ class Walk:
         self._inputs = {spec.name for spec in self._specs}
         self._folder = folder
         self._latest: tuple[int, Mapping[str, Array]] | None = None  # a batch may be made when it is read
+        self._samples: dict[int, int] = {}
         self._stored: dict[str, _Stored] = {}
         self._changed: dict[str, Array] = {}
 
@@ -73,6 +74,10 @@ class Walk:
     def reads(self, node: int) -> str:
         """The first tensor that the node reads."""
         return str(self._wiring.nodes[node].input[0])
+
+    def samples(self, batch: int) -> int:
+        """How many samples a batch holds that the walk has seen."""
+        return self._samples[batch]
 
     def change(self, initializer: str, array: Array) -> None:
         """Gives an initializer another value for all that is ahead."""
@@ -223,7 +228,9 @@ class Walk:
 
     def _batch(self, index: int) -> Mapping[str, Array]:
         if self._latest is None or self._latest[0] != index:
-            self._latest = (index, share_scalars(self._specs, self._batches[index]))
+            batch = self._batches[index]
+            self._samples[index] = len(next(iter(batch.values())))
+            self._latest = (index, share_scalars(self._specs, batch))
         return self._latest[1]
 
     def _initializer(self, name: str) -> onnx.TensorProto:

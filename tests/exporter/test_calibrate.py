@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 
 from memopt.errors import InputRefused
 from memopt.tensors import TensorSpec
-from memopt_export.calibrate import Ranges, calibrate, collect_ranges, merge
+from memopt_export.affine import asymmetric_uint8
+from memopt_export.calibrate import METHODS, Ranges, batches_for, calibrate, collect_ranges, count, cuts, merge, narrow
 from memopt_export.graph import Graph
-from memopt_export.means import Means, Step
+from memopt_export.means import UNLIMITED, Means, Step
+from memopt_export.quantize import quantize
+from memopt_export.recipe import CALIBRATIONS, Recipe
 from memopt_export.walk import share_scalars
 from memopt_models.data import Samples
 
@@ -170,3 +173,141 @@ def test_a_scalar_input_gets_the_one_value_of_all_samples():
     assert (feeds["rate"].shape, int(feeds["rate"]), feeds["x"].shape) == ((), 16000, (4, 3))
     with pytest.raises(InputRefused, match="input 'rate' is one number for all samples of a run"):
         share_scalars(inputs, {**batch, "rate": np.arange(4)})
+
+
+# --- capped and not capped
+#
+# In runs of two samples or more. What ONNX Runtime computes of one alone differs in the last bit where it has several
+# threads: it divides that one among them, and then sums in blocks of another size.
+
+CAPPED = {
+    "pieces of one node": Means(piece_bytes=1),
+    "few samples at once": Means(batch_size=6),
+    "both": Means(piece_bytes=1, run_bytes=500_000),
+}
+
+
+def draw_mlp(net):
+    drawn = net(48)
+    for index, (features, wide) in enumerate(((48, 96), (96, 64), (64, 32))):
+        drawn.gemm(features, wide, name=f"fc{index}")
+        drawn.op("Relu")
+    drawn.op("MatMul", drawn.last, drawn.weight("head.w", 32, 10), name="head")
+    return drawn
+
+
+@pytest.fixture(scope="module", params=["cnn", "mlp"])
+def network(request, net, cnn):
+    return (cnn() if request.param == "cnn" else draw_mlp(net)).graph()
+
+
+@pytest.fixture(scope="module", params=CAPPED)
+def capped(request):
+    return CAPPED[request.param]
+
+
+def everything(graph):
+    return ["x", *(name for node in graph.model.graph.node for name in node.output)]
+
+
+def test_caps_are_caps(cnn, samples_of):
+    """So that what follows compares different ways: the first cap cuts before every layer, the others run in parts."""
+    graph = cnn().graph()
+    samples = samples_of(graph)
+    assert cuts(graph, None) == ()
+    assert len(cuts(graph, 1)) == 5
+    assert 0 < len(cuts(graph, 20_000)) < 5
+    assert [len(batches_for(graph, samples, means)) for means in (UNLIMITED, *CAPPED.values())] == [1, 1, 6, 11]
+
+
+def test_ranges_are_equal_with_and_without_a_cap(network, samples_of, capped):
+    samples, tensors = samples_of(network), everything(network)
+    assert calibrate(network, tensors, samples, capped) == calibrate(network, tensors, samples, UNLIMITED)
+
+
+def test_histograms_are_equal_with_and_without_a_cap(network, samples_of, capped):
+    samples, tensors = samples_of(network), everything(network)
+    ranges = calibrate(network, tensors, samples, UNLIMITED)
+    found, expected = (
+        count(network, ranges, batches_for(network, samples, means), cuts=cuts(network, means.piece_bytes))
+        for means in (capped, UNLIMITED)
+    )
+    for name in tensors:
+        np.testing.assert_array_equal(found[name].counts, expected[name].counts, err_msg=name)
+
+
+@pytest.fixture(scope="module", params=["gptq", "bias"])
+def recipe(request):
+    return Recipe("int8", correction=request.param)
+
+
+@pytest.fixture(scope="module")
+def uncapped_data(network, samples_of, recipe):
+    return quantize(network, recipe, samples_of(network)).graph.data
+
+
+def test_quantized_bytes_are_equal_with_and_without_a_cap(network, samples_of, capped, recipe, uncapped_data):
+    """Rows that corrections look at are drawn sample by sample, and sums are over one sample or a set number."""
+    assert quantize(network, recipe, samples_of(network), capped).graph.data == uncapped_data
+
+
+# --- the second pass
+
+
+@settings(max_examples=10, deadline=None)
+@given(cut=st.integers(1, 39), seed=st.integers(0, 2**16))
+def test_shards_counted_within_merged_ranges_give_the_unsharded_histograms(doubled, cut, seed):
+    values = np.random.default_rng(seed).normal(size=(40, 3)).astype(np.float32)
+    shards = [{"x": part} for part in (values[:cut], values[cut:])]
+    ranges = merge(*(collect(doubled, [shard]) for shard in shards))
+    first, second = (count(doubled, ranges, [shard]) for shard in shards)
+    whole = count(doubled, ranges, [{"x": values}])
+    for name in ("x", "double.out", "relu.out"):
+        np.testing.assert_array_equal(first[name].merged(second[name]).counts, whole[name].counts)
+
+
+@pytest.mark.parametrize("size", [None, 1, 2])
+def test_every_value_is_counted_once(doubled, size):
+    """Inputs too, wherever the graph is cut."""
+    ranges = collect(doubled, [rows(1, -2, 0), rows(0, 0.5, 3, -1, 1, 1)])
+    stops = () if size is None else (size,)
+    found = count(doubled, ranges, [rows(1, -2, 0), rows(0, 0.5, 3, -1, 1, 1)], cuts=stops)
+    assert {name: int(histogram.counts.sum()) for name, histogram in found.items()} == dict.fromkeys(found, 9)
+    middles, counts = found["relu.out"].occupied()
+    np.testing.assert_allclose(middles, [0, 1, 2, 6], atol=found["relu.out"].step)
+    assert counts.tolist() == [4, 1, 3, 1]
+
+
+def test_every_calibration_has_its_method():
+    assert set(METHODS) == set(CALIBRATIONS)
+
+
+@pytest.fixture(scope="module")
+def heavy(doubled):
+    """A tensor whose largest values are a hundred times what most are: its range by each calibration."""
+    values = np.random.default_rng(0).standard_t(2, (5000, 3)).astype(np.float32)
+    ranges = collect(doubled, [{"x": values}])
+    histograms = count(doubled, ranges, [{"x": values}])
+    found = {name: narrow(ranges, histograms, Recipe("int8", calibration=name), asymmetric_uint8) for name in METHODS}
+    return ranges, found
+
+
+def test_minmax_is_what_was_seen(heavy):
+    ranges, found = heavy
+    assert found["minmax"] == ranges
+
+
+@pytest.mark.parametrize("calibration", sorted(set(CALIBRATIONS) - {"minmax"}))
+def test_other_calibrations_cut_a_heavy_tail_and_keep_the_rest_of_what_is_known(heavy, calibration):
+    ranges, found = heavy
+    low, high = found[calibration].bounds["x"]
+    assert ranges.bounds["x"][0] <= low < 0 < high <= ranges.bounds["x"][1]
+    assert high - low < ranges.bounds["x"][1] - ranges.bounds["x"][0]
+    assert found[calibration].bounds["relu.out"][0] == 0
+    assert (found[calibration].samples, found[calibration].fingerprint) == (5000, ranges.fingerprint)
+
+
+def test_entropy_differs_from_minmax_by_far(heavy):
+    ranges, found = heavy
+    spans = [high - low for low, high in (found["entropy"].bounds["x"], ranges.bounds["x"])]
+    assert spans[0] < spans[1] / 2
