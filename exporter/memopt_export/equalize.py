@@ -20,7 +20,7 @@ from memopt.tensors import Array
 from memopt_export.bodies import captured
 from memopt_export.graph import Graph, Wiring, attribute, wire
 from memopt_export.patches import Geometry
-from memopt_export.placement import Placement
+from memopt_export.placement import Placement, is_absorbed
 from memopt_export.simplify import drop_unused_initializers
 from memopt_export.walk import Walk
 
@@ -40,10 +40,11 @@ _WEIGHT_LEVELS = 127
 def equalize(
     graph: Graph, placement: Placement, batches: Sequence[Mapping[str, Array]], *, cuts: Sequence[int] = ()
 ) -> Graph:
-    """The graph with other weights and the same outputs, up to rounding.
+    """The graph with other weights and the same outputs on the samples, up to rounding.
 
     Scaled are channels of tensors that layers write, and that only layers read, through operations that commute with
-    scaling: Relu, LeakyRelu, poolings, means over height and width, sums of two such tensors, Flatten before a Gemm.
+    scaling: Relu, LeakyRelu, poolings, means over height and width, sums of two such tensors, Flatten before a Gemm. A
+    Clip from zero is taken for one: it then cuts a scaled channel off lower, but above all that a sample has shown.
 
     Args:
         graph: the float graph.
@@ -149,6 +150,8 @@ def _commutes(node: onnx.NodeProto, activations: Sequence[str], wiring: Wiring) 
         return set(_axes(node, wiring)) in ({2, 3}, {-2, -1})
     if node.op_type == "Flatten":
         return int(attribute(node, "axis", 1)) == 1
+    if node.op_type == "Clip":
+        return is_absorbed(node, wiring)
     return node.op_type in _HOMOGENEOUS
 
 

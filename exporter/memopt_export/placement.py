@@ -215,12 +215,12 @@ def _written_by(index: int, wiring: Wiring) -> str:
     """The tensor that the node's kernel writes: its output, or that of the Relu or Clip which the kernel absorbs."""
     written: str = wiring.nodes[index].output[0]
     reader = wiring.sole_reader(written)
-    if reader is None or wiring.nodes[index].op_type in PASS_THROUGH or not _is_absorbed(wiring.nodes[reader], wiring):
+    if reader is None or wiring.nodes[index].op_type in PASS_THROUGH or not is_absorbed(wiring.nodes[reader], wiring):
         return written
     return str(wiring.nodes[reader].output[0])
 
 
-def _is_absorbed(node: onnx.NodeProto, wiring: Wiring) -> bool:
+def is_absorbed(node: onnx.NodeProto, wiring: Wiring) -> bool:
     """Whether saturation at the integers' ends does what the node does: Relu, or Clip from zero to a constant."""
     if node.op_type == "Relu":
         return True

@@ -37,6 +37,12 @@ def relu(net):
     net.conv(8, name="second")
 
 
+def relu6(net):
+    first(net)
+    net.op("Clip", net.last, net.constant("low", np.float32(0)), net.constant("high", np.float32(6)), name="watched")
+    net.conv(8, name="second")
+
+
 def nothing_between(net):
     first(net)
     net.op("Identity", name="watched")
@@ -151,7 +157,7 @@ def shared_weight(net):
 
 
 TOUCHED = [
-    relu, nothing_between, without_bias, leaky, max_pool, average_pool, depthwise, groups, residual, flatten,
+    relu, relu6, nothing_between, without_bias, leaky, max_pool, average_pool, depthwise, groups, residual, flatten,
     flatten_plain_gemm, reduce_mean, reduce_mean_from_behind, gemms, two_readers, shared_weight,
 ]  # fmt: skip
 
@@ -159,9 +165,9 @@ TOUCHED = [
 # --- nets that must not be touched
 
 
-def relu6(net):
+def clip_around_zero(net):
     first(net)
-    net.relu6()
+    net.op("Clip", net.last, net.constant("low", np.float32(-1)), net.constant("high", np.float32(1)))
     net.conv(8)
 
 
@@ -279,7 +285,7 @@ def read_by_a_subgraph(net):
 
 
 LEFT_ALONE = [
-    relu6, sigmoid, an_output, an_output_behind, concatenated, constant_added, broadcast_added, broadcast_over_places,
+    clip_around_zero, sigmoid, an_output, an_output_behind, concatenated, constant_added, broadcast_added, broadcast_over_places,
     multiplied, added_to_the_input, mean_over_channels, transposed, flattened_elsewhere, gemm_with_a_factor,
     read_by_something_else_too, read_by_a_subgraph,
 ]  # fmt: skip
