@@ -286,8 +286,8 @@ def read_by_a_subgraph(net):
 
 LEFT_ALONE = [
     clip_around_zero, sigmoid, an_output, an_output_behind, concatenated, constant_added, broadcast_added,
-    broadcast_over_places, multiplied, added_to_the_input, mean_over_channels, transposed, flattened_elsewhere, gemm_with_a_factor,
-    read_by_something_else_too, read_by_a_subgraph,
+    broadcast_over_places, multiplied, added_to_the_input, mean_over_channels, transposed, flattened_elsewhere,
+    gemm_with_a_factor, read_by_something_else_too, read_by_a_subgraph,
 ]  # fmt: skip
 
 
