@@ -160,8 +160,8 @@ def _look(work: _Work, walks: _Walks, geometry: Geometry, matrix: Array, samples
     drawn = _draw(work, walks, geometry, wanted / samples if parts else 0, kept / samples)
     for read, some, plain in _in_blocks(drawn, max(_BLOCK_ROWS * samples // wanted, 1)):
         if parts:
-            divided = read.reshape(groups, read.shape[1], parts, -1).swapaxes(1, 2)
-            divided = divided.reshape(shape[0], read.shape[1], shape[1])
+            by_parts = read.reshape(groups, read.shape[1], parts, -1).swapaxes(1, 2)
+            divided = by_parts.reshape(shape[0], read.shape[1], shape[1])
             moments += _second_moments(divided)
             sums += divided.sum(axis=1)
             count += read.shape[1]
