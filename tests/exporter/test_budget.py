@@ -128,7 +128,7 @@ def test_the_fewest_layers_of_the_ranking_are_kept_float(graph, calibration, jud
 
 
 def test_the_recipe_makes_the_graph_again_byte_for_byte(graph, calibration, judged, ranking, reached):
-    recipe = Recipe("int8")
+    recipe = Recipe("int8", correction="bias")
     wanted = reached(recipe) + 0.5
     kept = within(graph, recipe, calibration, judged, Budget(min_sqnr_db=wanted), UNLIMITED)
     assert kept.holds
