@@ -160,14 +160,15 @@ def _look(work: _Work, walks: _Walks, geometry: Geometry, matrix: Array, samples
     drawn = _draw(work, walks, geometry, wanted / samples if parts else 0, kept / samples)
     for read, some, plain in _in_blocks(drawn, max(_BLOCK_ROWS * samples // wanted, 1)):
         if parts:
-            grouped = read.reshape(groups, read.shape[1], parts, -1).swapaxes(1, 2)
-            divided = grouped.reshape(shape[0], read.shape[1], shape[1])
+            by_parts = read.reshape(groups, read.shape[1], parts, -1).swapaxes(1, 2)
+            divided = by_parts.reshape(shape[0], read.shape[1], shape[1])
             moments += _second_moments(divided)
             sums += divided.sum(axis=1)
             count += read.shape[1]
         rows.append(some)
         expected.append(_multiply(plain, matrix))
-    moments = _without_chance(moments, sums, count) if parts else moments
+    if parts:
+        _shrink_chance(moments, sums, count)
     return _Found(moments, np.concatenate(rows, axis=1), np.concatenate(expected))
 
 
@@ -212,28 +213,26 @@ def _second_moments(rows: Array) -> Array:
     return np.asarray(rows.swapaxes(1, 2) @ rows)
 
 
-def _without_chance(moments: Array, sums: Array, count: int) -> Array:
-    """Moments as more rows would give them: covariances shrunk by the part of them that so few rows show by chance.
+def _shrink_chance(moments: Array, sums: Array, count: int) -> None:
+    """Makes moments, (groups, inputs, inputs), what more rows would give: covariances are shrunk by the part of them
+    that so few rows show by chance. In place, since moments of many inputs are large.
 
     Without this, weights make up for errors of inputs that only seemed to go together: 192 inputs that have nothing in
     common lose 2 dB by GPTQ on 32 rows, and 0.7 dB on 600. The part is that of J. Schäfer and K. Strimmer 2005,
     https://doi.org/10.2202/1544-6115.1175, section 2.4 (target D), with the variance of a covariance as normal inputs
-    have it.
-
-    Args:
-        moments: x^T x, (groups, inputs, inputs).
-        sums: of the rows, (groups, inputs).
-        count: of the rows.
+    have it. `sums`, (groups, inputs), and `count` are of the rows.
     """
-    means = sums / count
-    both = means[:, :, None] * means[:, None, :]
-    covariances = moments / count - both
-    variances = np.diagonal(covariances, axis1=1, axis2=2)
-    own = variances[:, :, None] * np.eye(covariances.shape[1])
-    squares = np.square(covariances - own).sum(axis=(1, 2))
-    chance = (variances.sum(axis=1) ** 2 - np.square(variances).sum(axis=1) + squares) / count
-    part = np.minimum(chance / np.maximum(squares, np.finfo(np.float64).tiny), 1.0)[:, None, None]
-    return np.asarray((covariances + (own - covariances) * part + both) * count)
+    moments /= count
+    for covariances, mean in zip(moments, sums / count, strict=True):
+        both = np.outer(mean, mean)
+        np.subtract(covariances, both, out=covariances)
+        variances = np.diagonal(covariances).copy()
+        squares = np.einsum("ij,ij->", covariances, covariances) - (variances**2).sum()
+        chance = max((variances.sum() ** 2 - (variances**2).sum() + squares) / count, 0.0)
+        np.multiply(covariances, 1 - min(chance / max(squares, np.finfo(np.float64).tiny), 1.0), out=covariances)
+        np.fill_diagonal(covariances, variances)
+        np.add(covariances, both, out=covariances)
+    moments *= count
 
 
 def parts_of(inputs: int) -> int | None:

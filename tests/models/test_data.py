@@ -18,6 +18,7 @@ from memopt.tensors import TensorSpec
 from memopt_models.data import (
     SPLITS,
     DataSet,
+    Pictures,
     Samples,
     Split,
     default_root,
@@ -25,6 +26,7 @@ from memopt_models.data import (
     make_data,
     open_data,
     open_samples,
+    stream_samples,
 )
 
 INPUT = TensorSpec("input", "float32", ("batch", 1, 28, 28))
@@ -320,3 +322,116 @@ def test_fingerprint_sees_inputs_and_labels() -> None:
     other_inputs = Samples({**SAMPLES.feeds, "y": np.zeros(10, int)}, SAMPLES.labels, "ten")
     assert len({each.fingerprint for each in (SAMPLES, other_labels, no_labels, other_inputs)}) == 4
     assert Samples(SAMPLES.feeds, SAMPLES.labels, "elsewhere").fingerprint == SAMPLES.fingerprint
+
+
+# --- batches, rows, streams
+
+
+def test_a_batch_is_found_by_its_index_or_by_a_slice_and_there_are_no_others() -> None:
+    batches = SAMPLES.batches(4)
+    assert [len(batch["x"]) for batch in batches] == [4, 4, 2]
+    np.testing.assert_array_equal(batches[2]["y"], [8, 9])
+    assert [list(batch["y"]) for batch in batches[1:]] == [[4, 5, 6, 7], [8, 9]]
+    for index in (-1, 3):
+        with pytest.raises(IndexError):
+            batches[index]
+
+
+def test_rows_are_those_of_the_source_however_often_picked() -> None:
+    first = SAMPLES.pick(np.array([1, 3, 5, 8, 9]))
+    second = first.pick(slice(2, 5))
+    assert SAMPLES.rows is None
+    assert first.rows is not None
+    assert second.rows is not None
+    assert (list(first.rows), list(second.rows)) == ([1, 3, 5, 8, 9], [5, 8, 9])
+    assert list(second.feeds["y"]) == [5, 8, 9]
+
+
+def test_drawn_samples_know_their_indices_in_the_split(digits: DataSet) -> None:
+    samples = open_samples("digits", split="test", inputs=(INPUT,), count=9, seed=4)
+    assert samples.rows is not None
+    assert len(set(samples.rows)) == 9
+    chosen = digits.test.pick(samples.rows)
+    np.testing.assert_array_equal(samples.feeds["input"], prepare(chosen.images, digits.preprocess))
+    np.testing.assert_array_equal(samples.labels, chosen.labels)
+
+
+def test_all_samples_of_a_split_have_all_indices() -> None:
+    samples = open_samples("digits", split="test", inputs=(INPUT,))
+    np.testing.assert_array_equal(samples.rows, np.arange(359))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_rows_of_npz_are_those_of_the_file(split: str, tmp_path: Path) -> None:
+    spec, inputs = numbered_npz(tmp_path, 40), (TensorSpec("x", "float32", ("batch", 2)),)
+    samples = open_samples(spec, split=split, inputs=inputs, count=7, seed=1)
+    np.testing.assert_array_equal(samples.rows, samples.labels)
+
+
+@pytest.mark.parametrize("count", [None, 11])
+@pytest.mark.parametrize("size", [1, 4, 500])
+def test_streamed_pictures_are_the_samples_opened_at_once(size: int, count: int | None) -> None:
+    opened = open_samples("digits", split="test", inputs=(INPUT,), count=count, seed=2)
+    streamed = stream_samples("digits", split="test", inputs=(INPUT,), count=count, seed=2)
+    assert isinstance(streamed, Pictures)
+    batches = list(streamed.batches(size))
+    assert all(len(batch["input"]) == size for batch in batches[:-1])
+    np.testing.assert_array_equal(np.concatenate([batch["input"] for batch in batches]), opened.feeds["input"])
+    np.testing.assert_array_equal(streamed.labels, opened.labels)
+    np.testing.assert_array_equal(streamed.rows, opened.rows)
+    assert (len(streamed), streamed.source) == (len(opened), opened.source)
+
+
+def test_picked_pictures_are_samples_that_know_their_rows() -> None:
+    streamed = stream_samples("digits", split="test", inputs=(INPUT,), count=11, seed=2)
+    picked = streamed.pick(slice(3, 6))
+    assert isinstance(picked, Samples)
+    assert streamed.rows is not None
+    np.testing.assert_array_equal(picked.rows, streamed.rows[3:6])
+    np.testing.assert_array_equal(picked.labels, streamed.labels[3:6])
+
+
+def test_npz_is_streamed_as_it_is_opened(tmp_path: Path) -> None:
+    spec, inputs = numbered_npz(tmp_path, 40), (TensorSpec("x", "float32", ("batch", 2)),)
+    streamed = stream_samples(spec, split="train", inputs=inputs, count=5)
+    assert isinstance(streamed, Samples)
+    assert streamed.fingerprint == open_samples(spec, split="train", inputs=inputs, count=5).fingerprint
+
+
+def test_pictures_that_do_not_fit_are_refused_when_they_are_read() -> None:
+    wide = TensorSpec("input", "float32", ("batch", 3, 32, 32))
+    streamed = stream_samples("digits", split="test", inputs=(wide,))
+    with pytest.raises(InputRefused, match=r"input 'input' expects shape \(batch, 3, 32, 32\), got"):
+        _ = streamed.batches(8)[0]
+
+
+def test_the_fingerprint_of_pictures_sees_pictures_labels_and_steps() -> None:
+    images = np.arange(48, dtype=np.uint8).reshape(3, 4, 4, 1)
+    steps = make_data("own", [Split(images, np.arange(3))] * 3, ("a", "b", "c")).preprocess
+
+    def pictures(images: np.ndarray, labels: np.ndarray, steps: tuple[dict[str, object], ...]) -> Pictures:
+        return Pictures(Split(images, labels), steps, (INPUT,), "own/train")
+
+    labels = np.arange(3)
+    all_of_them = [
+        pictures(images, labels, steps),
+        pictures(images[::-1].copy(), labels, steps),
+        pictures(images, labels[::-1].copy(), steps),
+        pictures(images, labels, steps[:-1]),
+    ]
+    assert len({each.fingerprint for each in all_of_them}) == 4
+    assert pictures(images.copy(), labels.copy(), steps).fingerprint == all_of_them[0].fingerprint
+
+
+def test_memory_of_streamed_pictures_is_that_of_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mydata", sys.modules[__name__])
+    spec = TensorSpec("input", "float32", ("batch", 3, 32, 32))
+    streamed = stream_samples("mydata:large_data", split="train", inputs=(spec,))
+
+    def read(size: int) -> int:
+        batches = streamed.batches(size)
+        return peak_bytes(lambda: [float(batches[index]["input"].sum()) for index in range(len(batches))])
+
+    prepared_bytes = large_data().train.images.nbytes * 4
+    assert read(600) > prepared_bytes
+    assert read(10) < prepared_bytes / 10
