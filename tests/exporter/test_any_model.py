@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from memopt.accuracy import sqnr_db
-from memopt.errors import InputRefused
+from memopt.errors import AnswerIsNo
 from memopt_export.graph import Graph, load_graph, wire
 from memopt_export.quantize import half, quantize
 from memopt_export.recipe import parse
@@ -170,7 +170,7 @@ def test_a_graph_whose_layers_all_lie_inside_is_refused_with_the_reason(name):
     }
     ends = [value("x", TensorProto.FLOAT, ["batch", 64])], [value("y", TensorProto.FLOAT, ["batch", 64])]
     graph = model([helper.make_node("If", ["yes"], ["y"], **branches)], *ends, {"yes": np.asarray(True)})
-    with pytest.raises(InputRefused, match="2 layers lie inside If, Loop or Scan, where all stays float"):
+    with pytest.raises(AnswerIsNo, match="2 layers lie inside If, Loop or Scan, where all stays float"):
         quantize(graph, parse(name), None)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from memopt.accuracy import sqnr_db
-from memopt.errors import InputRefused, UsageError
+from memopt.errors import AnswerIsNo, UsageError
 from memopt_export.qdq import fused_counts
 from memopt_export.quantize import quantize
 from memopt_export.recipe import Recipe, parse
@@ -83,7 +83,7 @@ def test_an_lstm_with_the_batch_first_has_no_kernel(net):
     drawn = net(12, 48)
     weights = drawn.weight("w", 1, 128, 48), drawn.weight("r", 1, 128, 32)
     drawn.op("LSTM", "x", *weights, name="rnn", hidden_size=32, layout=1)
-    with pytest.raises(InputRefused, match="no MatMul, Gemm or LSTM that int8-dynamic could serve"):
+    with pytest.raises(AnswerIsNo, match="no MatMul, Gemm or LSTM that int8-dynamic could serve"):
         quantize(drawn.graph(), RECIPE, None)
 
 
@@ -189,8 +189,8 @@ def test_convolutions_alone_are_refused(net):
     drawn = net(3, 8, 8)
     drawn.conv(64)
     with pytest.raises(
-        InputRefused,
-        match=r"no MatMul, Gemm or LSTM that int8-dynamic could serve; hint: --precision int8 --data SPEC",
+        AnswerIsNo,
+        match=r"MatMul, Gemm or LSTM that int8-dynamic could serve, so it stays float; hint: --precision int8 --data",
     ):
         quantize(drawn.graph(), RECIPE, None)
 

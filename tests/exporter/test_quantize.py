@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from memopt.accuracy import sqnr_db
-from memopt.errors import InputRefused, UsageError
+from memopt.errors import AnswerIsNo, InputRefused, UsageError
 from memopt.ort_runtime import library_errors
 from memopt_export.graph import Graph, load_graph, save_graph
 from memopt_export.means import Means
@@ -295,7 +295,7 @@ def test_a_graph_without_layers_is_refused(net, samples_of):
     drawn = net(3)
     drawn.op("Relu")
     graph = drawn.graph()
-    with pytest.raises(InputRefused, match="the graph has no Conv, Gemm or MatMul that int8 could serve"):
+    with pytest.raises(AnswerIsNo, match="the graph has no Conv, Gemm or MatMul that int8 could serve"):
         quantize(graph, Recipe("int8"), samples_of(graph))
 
 

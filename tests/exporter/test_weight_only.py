@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from memopt.accuracy import sqnr_db
-from memopt.errors import InputRefused, UsageError
+from memopt.errors import AnswerIsNo, UsageError
 from memopt.probe import Request, measure
 from memopt_export.graph import Graph, save_graph
 from memopt_export.quantize import quantize
@@ -340,7 +340,7 @@ def test_include_leaves_all_others_float(mlp, precision):
 def test_a_graph_without_weights_is_refused(net, precision):
     drawn = net(3)
     drawn.op("Relu")
-    with pytest.raises(InputRefused, match=f"the graph has no weights that {precision} could make smaller"):
+    with pytest.raises(AnswerIsNo, match=f"the graph has no weights that {precision} could make smaller"):
         quantize(drawn.graph(), parse(precision), None)
 
 

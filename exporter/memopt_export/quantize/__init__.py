@@ -44,7 +44,8 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, m
 
     Raises:
         UsageError: the recipe has no method, needs samples, or excludes or includes what is not there.
-        InputRefused: the graph is not float32, or nothing in it can be quantized.
+        InputRefused: the graph is not float32.
+        AnswerIsNo: nothing in it can be quantized.
     """
     ready = to_quantize(graph, recipe)
     done = METHODS[recipe.precision](ready, recipe, samples, means)

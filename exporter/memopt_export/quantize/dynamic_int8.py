@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memopt.errors import InputRefused
+from memopt.errors import AnswerIsNo
 from memopt.sizes import show_size
 from memopt.tensors import Array
 from memopt_export.affine import SMALLEST_SCALE
@@ -43,7 +43,8 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | None = None, means
     Convolutions, GRU and RNN have no such kernel that would gain anything, and stay float.
 
     Raises:
-        InputRefused: nothing can be quantized, or the graph's opset is too old and cannot be raised.
+        AnswerIsNo: nothing can be quantized.
+        InputRefused: the graph's opset is too old and cannot be raised.
     """
     raised = at_least_opset(graph, _OPSET)
     model = raised.copy_model()
@@ -58,8 +59,8 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | None = None, means
     if not layers:
         inner = inner_layers(model, _WEIGHTS)
         inside = f": {len(inner)} layers lie inside If, Loop or Scan, where all stays float" if inner else ""
-        raise InputRefused(
-            f"the graph has no MatMul, Gemm or LSTM that int8-dynamic could serve{inside}",
+        raise AnswerIsNo(
+            f"the graph has no MatMul, Gemm or LSTM that int8-dynamic could serve{inside}, so it stays float",
             hint="--precision int8 --data SPEC",
         )
     weighted = [index for index, node in enumerate(wiring.nodes) if _has_weights(node, wiring)]

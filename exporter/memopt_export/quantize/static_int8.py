@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memopt.errors import InputRefused, UsageError
+from memopt.errors import AnswerIsNo, UsageError
 from memopt_export.calibrate import Ranges, batches_for, calibrate, count, cuts, narrow
 from memopt_export.correct import choose_weights
 from memopt_export.equalize import equalize
@@ -46,7 +46,8 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, m
 
     Raises:
         UsageError: there are no samples to calibrate on.
-        InputRefused: nothing can be quantized, or calibration refuses the samples.
+        AnswerIsNo: nothing can be quantized.
+        InputRefused: calibration refuses the samples.
     """
     return prepare(graph, recipe, samples, means).quantized(recipe)
 
@@ -62,7 +63,9 @@ def prepare(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, me
     graph = at_least_opset(graph, FLOAT8 if recipe.precision == "fp8" else PER_CHANNEL)
     placement = place(graph, recipe)
     if not placement.layers:
-        raise InputRefused("the graph has no Conv, Gemm or MatMul that int8 could serve", hint="--precision fp16")
+        raise AnswerIsNo(
+            "the graph has no Conv, Gemm or MatMul that int8 could serve, so it stays float", hint="--precision fp16"
+        )
     batches = batches_for(graph, samples, means)
     pieces = cuts(graph, means.piece_bytes)
     if recipe.equalize:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memopt.errors import InputRefused
+from memopt.errors import AnswerIsNo
 from memopt.sizes import show_size
 from memopt.tensors import Array
 from memopt_export.blocks import Grid, fit, pack4, round_to_nearest
@@ -70,14 +70,17 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | None = None, means
     `recipe.correction` is "gptq", weights of MatMul and Gemm are rounded for what these read; else to nearest.
 
     Raises:
-        InputRefused: nothing can be quantized, the graph's opset is too old and cannot be raised, or the samples do not
+        AnswerIsNo: nothing can be quantized.
+        InputRefused: the graph's opset is too old and cannot be raised, or the samples do not
             fit the graph.
     """
     layers = _layers(graph, recipe)
     if not layers:
         inner = inner_layers(graph.model, PLACES)
         inside = f": {len(inner)} layers lie inside If, Loop or Scan, where all stays float" if inner else ""
-        raise InputRefused(f"the graph has no weights that {recipe.precision} could make smaller{inside}")
+        raise AnswerIsNo(
+            f"the graph has no weights that {recipe.precision} could make smaller{inside}, so it stays float"
+        )
     raised = at_least_opset(graph, max(layer.form.opset for layer in layers))
     layers = _layers(raised, recipe)
     model = raised.copy_model()
