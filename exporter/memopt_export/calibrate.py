@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from memopt_models.data import Batches, Pictures, Samples
 
+SMALLEST_RUN = 4  # samples run at once, where there are as many, see `_run_size`
 # One mean tells of any NaN; ONNX Runtime's minimum and maximum skip a NaN that is not the first value they meet.
 _WATCHES = ("ReduceMin", "ReduceMax", "ReduceMean")
 
@@ -65,7 +66,25 @@ def batches_for(graph: Graph, samples: Samples | Pictures, means: Means) -> Batc
     """The samples in batches that the graph takes: of its own size where it is fixed, and then only whole ones."""
     fixed = graph.fixed_batch
     whole = samples if fixed is None else samples.pick(slice(len(samples) // fixed * fixed))
-    return whole.batches(fixed or max(1, min(means.batch_size, means.run_bytes // max(sample_bytes(graph), 1))))
+    most = min(means.batch_size, run_size(graph, means.run_bytes))
+    return whole.batches(fixed or _run_size(len(samples), most))
+
+
+def run_size(graph: Graph, run_bytes: int) -> int:
+    """The samples whose tensors fit into so many bytes; never fewer than SMALLEST_RUN."""
+    return max(SMALLEST_RUN, run_bytes // max(sample_bytes(graph), 1))
+
+
+def _run_size(samples: int, most: int) -> int:
+    """The largest run up to `most` that leaves no sample alone; at least two, and a few more where it must.
+
+    ONNX Runtime divides the work of a convolution on one sample in another way among threads, and its sums differ in
+    the last bit: ranges would depend on how many samples run at once.
+
+    >>> _run_size(33, 8), _run_size(33, 1), _run_size(32, 1), _run_size(1, 8)
+    (7, 3, 2, 8)
+    """
+    return next((size for size in (*range(most, 1, -1), *range(2, samples + 1)) if samples % size != 1), most)
 
 
 def sample_bytes(graph: Graph) -> int:

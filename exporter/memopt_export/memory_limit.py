@@ -14,7 +14,7 @@ from memopt.errors import OutOfResource
 from memopt.memory import give_back, read_host_memory
 from memopt.sizes import show_size
 from memopt_export import correct
-from memopt_export.calibrate import sample_bytes
+from memopt_export.calibrate import SMALLEST_RUN, run_size, sample_bytes
 from memopt_export.graph import Graph, attribute, wire
 from memopt_export.means import Means
 from memopt_export.placement import place
@@ -33,7 +33,6 @@ _MOMENT_COPIES = 4  # float64: sums, damped, ordered, factor
 _ROW_COPIES, _OUTPUT_COPIES = 2, 8  # of the compared rows: as they are collected; what an activation makes of them
 _THREADS_BYTES = 32 * MIB  # stacks and heaps of the library's threads
 _ASKED_ONLY_BYTES = 32 * MIB  # of stacks that the kernel counts as soon as they are asked for
-_SMALLEST_RUN = 1
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def estimate(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, m
     largest = max((layer.weights for layer in layers), default=0)
     piece = weights if means.piece_bytes is None else min(weights, max(means.piece_bytes, largest))
     each = sample_bytes(graph)
-    batch = max(_SMALLEST_RUN, min(means.batch_size, means.run_bytes // max(each, 1)))
+    batch = max(SMALLEST_RUN, min(means.batch_size, run_size(graph, means.run_bytes)))
     chosen = max((layer.bytes(recipe) for layer in layers), default=0)
     return Need(_GRAPH_COPIES * weights, _PIECE_COPIES * piece, _RUN_COPIES * batch * each, chosen)
 

@@ -123,10 +123,19 @@ def test_an_unknown_tensor_is_refused(doubled):
 
 
 def test_samples_are_run_in_batches_of_the_size_asked_for(doubled):
-    samples, seen = Samples(rows(1, 2, 3, 4, 5, 6, 7, 8, 9), None, "random/train"), []
+    samples, seen = Samples(rows(*range(1, 13)), None, "random/train"), []
     ranges = calibrate(doubled, ["x"], samples, Means(batch_size=2, on_step=seen.append))
-    assert ranges == Ranges({"x": (1.0, 9.0)}, 3, "random/train", samples.fingerprint)
-    assert seen == [Step("calibrate", 2, 3), Step("calibrate", 3, 3)]
+    assert ranges == Ranges({"x": (1.0, 12.0)}, 4, "random/train", samples.fingerprint)
+    assert seen == [Step("calibrate", 2, 4), Step("calibrate", 4, 4)]
+
+
+def test_no_sample_is_run_alone_where_there_are_others(doubled):
+    for total in range(2, 40):
+        samples = Samples({"x": np.ones((total, 3), np.float32)}, None, "random/train")
+        for size in (1, 2, 5, 32):
+            runs = [len(batch["x"]) for batch in batches_for(doubled, samples, Means(batch_size=size))]
+            assert sum(runs) == total
+            assert min(runs) > 1
 
 
 def test_samples_that_do_not_fill_a_fixed_batch_are_left_out_and_not_counted(doubled):
@@ -217,7 +226,7 @@ def test_caps_are_caps(cnn, samples_of):
     assert cuts(graph, None) == ()
     assert len(cuts(graph, 1)) == 5
     assert 0 < len(cuts(graph, 20_000)) < 5
-    assert [len(batches_for(graph, samples, means)) for means in (UNLIMITED, *CAPPED.values())] == [1, 1, 6, 11]
+    assert [len(batches_for(graph, samples, means)) for means in (UNLIMITED, *CAPPED.values())] == [1, 1, 6, 8]
 
 
 def test_ranges_are_equal_with_and_without_a_cap(network, samples_of, capped):

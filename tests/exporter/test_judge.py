@@ -76,7 +76,7 @@ def test_without_samples_the_reason_is_told(graph, quantized) -> None:
 def test_progress_reaches_all_samples(graph, quantized, held_out) -> None:
     steps = []
     judge(graph, quantized, INT8, held_out, Means(batch_size=16, on_step=steps.append))
-    assert [(step.done, step.total) for step in steps] == [(16, 33), (32, 33), (33, 33)]
+    assert [(step.done, step.total) for step in steps] == [(15, 33), (30, 33), (33, 33)]  # none alone in a run
 
 
 def test_a_fixed_batch_is_judged_in_whole_batches(graph, held_out) -> None:
