@@ -1,6 +1,6 @@
 """Hostile ONNX files: each is refused in one line that names the thing, by us or by a process that may die of it.
 
-The numbers are those of the list of bad inputs in issue 7.
+The numbers are those of the list of bad inputs that a bundle has to refuse.
 """
 
 from __future__ import annotations
