@@ -16,7 +16,7 @@ from memopt_export.calibrate import batches_for
 from memopt_export.graph import Graph, Wiring, label, run_batches, wire
 from memopt_export.means import Means
 from memopt_export.placement import has_weight
-from memopt_export.quantize import Quantized, quantize, static_int8, to_quantize
+from memopt_export.quantize import Quantized, quantize, static_int8, to_quantize, with_provenance
 from memopt_export.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -97,11 +97,11 @@ def within(
         InputRefused: as by `quantize`.
     """
     judge = _Judge.of(graph, judged, means, needs_labels=budget.max_drop_points is not None)
-    done = quantize(graph, recipe, calibration, means)
+    variants = _Variants.of(graph, recipe, calibration, means)
+    done = variants.whole()
     reached = judge(done.graph)
     if budget.holds(reached):
         return Kept(done, recipe, (), holds=True, reached=str(reached))
-    variants = _Variants.of(graph, recipe, calibration, means)
     ranking = _rank(variants, recipe, _ranking_judge(graph, judged, means), means)
 
     def without(count: int) -> Recipe:
@@ -167,14 +167,23 @@ class _Variants:
 
     wiring: Wiring  # of the graph whose layers are ranked
     make: Callable[[Recipe], Graph]
+    whole: Callable[[], Quantized]  # by the recipe as it is, the same as by `quantize`
 
     @classmethod
     def of(cls, graph: Graph, recipe: Recipe, calibration: Samples | Pictures | None, means: Means) -> _Variants:
         float_graph = to_quantize(graph, recipe)
         if recipe.precision != "int8":
-            return cls(wire(float_graph.model), lambda other: quantize(graph, other, calibration, means).graph)
+            return cls(
+                wire(float_graph.model),
+                lambda other: quantize(graph, other, calibration, means).graph,
+                lambda: quantize(graph, recipe, calibration, means),
+            )
         prepared = static_int8.prepare(float_graph, recipe, calibration, means)
-        return cls(wire(prepared.graph.model), prepared.assembled)
+        return cls(
+            wire(prepared.graph.model),
+            prepared.assembled,
+            lambda: with_provenance(prepared.quantized(recipe), recipe, calibration),
+        )
 
 
 def _layers(wiring: Wiring, recipe: Recipe) -> list[int]:

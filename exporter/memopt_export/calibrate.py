@@ -17,7 +17,7 @@ from memopt_export.histogram import AffineOf, Histogram, by_entropy, by_mse, by_
 from memopt_export.means import Means
 from memopt_export.plan import tensor_sizes
 from memopt_export.recipe import Recipe
-from memopt_export.walk import Walk
+from memopt_export.walk import Walk, watch_all
 
 if TYPE_CHECKING:
     import onnx
@@ -148,7 +148,7 @@ def collect_ranges(
                 _refuse_not_finite(own, seen, allow_infinity=allow_infinity)
                 for tensor, (low, high, _) in zip(own, seen, strict=True):
                     lows[tensor], highs[tensor] = min(lows[tensor], low), max(highs[tensor], high)
-                samples += len(batches[index][graph.inputs[0].name])
+                samples += walk.samples(index)
                 if on_step is not None and stop == len(model.graph.node):
                     on_step(samples)
     return Ranges({name: (float(lows[name]), float(highs[name])) for name in tensors}, samples, source, fingerprint)
@@ -162,13 +162,8 @@ def count(
     Shards of one data set are counted within the ranges of the whole (`merge`), and add up (`Histogram.merged`).
     """
     found = {name: Histogram.between(*bounds) for name, bounds in ranges.bounds.items()}
-    with tempfile.TemporaryDirectory(prefix="memopt-") as folder:
-        walk = Walk(graph.model, batches, Path(folder))
-        for stop in (*cuts, len(graph.model.graph.node)):
-            own = [name for name in found if walk.position <= max(walk.writer(name), 0) < stop]
-            for values in walk.advance(stop, own):
-                for name, value in zip(own, values, strict=True):
-                    found[name].count(value)
+    for name, value in watch_all(graph.model, batches, list(found), cuts=cuts):
+        found[name].count(value)
     return found
 
 

@@ -8,10 +8,8 @@ real samples, up to where rounding the scaled weights would cost more than it sa
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,9 +18,9 @@ from memopt.tensors import Array
 from memopt_export.bodies import captured
 from memopt_export.graph import Graph, Wiring, attribute, wire
 from memopt_export.patches import Geometry
-from memopt_export.placement import Placement, is_absorbed
+from memopt_export.placement import Placement, is_absorbed, is_plain_gemm
 from memopt_export.simplify import drop_unused_initializers
-from memopt_export.walk import Walk
+from memopt_export.walk import watch_all
 
 if TYPE_CHECKING:
     import onnx
@@ -126,19 +124,14 @@ def _channel_sets(wiring: Wiring) -> Iterator[_ChannelSet]:
             for name in (*activations, *node.output):
                 set_of(name)
     closed = {id(home[name]) for name in blocked if name in home}
-    for each in dict.fromkeys(map(id, home.values())):
-        found = next(value for value in home.values() if id(value) == each)
-        if each not in closed and found.writers and found.readers:
+    for key, found in {id(each): each for each in home.values()}.items():
+        if key not in closed and found.writers and found.readers:
             yield found
 
 
 def _is_layer(node: onnx.NodeProto, wiring: Wiring) -> bool:
     """Whether the node is a Conv or a plain Gemm with float32 constants, and channels along the second axis."""
-    plain = node.op_type == "Conv" or (
-        node.op_type == "Gemm"
-        and not attribute(node, "transA", 0)
-        and attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1
-    )
+    plain = node.op_type == "Conv" or (node.op_type == "Gemm" and is_plain_gemm(node))
     constants = [wiring.initializers.get(name) for name in node.input[1:] if name]
     return plain and bool(constants) and all(each is not None and each.data_type == 1 for each in constants)
 
@@ -167,14 +160,9 @@ def _look(
     graph: Graph, tensors: Sequence[str], batches: Sequence[Mapping[str, Array]], cuts: Sequence[int]
 ) -> dict[str, _Statistics]:
     found: dict[str, _Statistics] = {}
-    with tempfile.TemporaryDirectory(prefix="memopt-") as folder:
-        walk = Walk(graph.model, batches, Path(folder))
-        for stop in (*cuts, len(graph.model.graph.node)):
-            own = [name for name in tensors if walk.position <= walk.writer(name) < stop]
-            for batch in walk.advance(stop, own):
-                for name, array in zip(own, batch, strict=True):
-                    for sample in array:  # one by one, so that no sum depends on how many run at once
-                        found[name] = _joined(found.get(name), _statistics(sample))
+    for name, array in watch_all(graph.model, batches, tensors, cuts=cuts):
+        for sample in array:  # one by one, so that no sum depends on how many run at once
+            found[name] = _joined(found.get(name), _statistics(sample))
     return found
 
 

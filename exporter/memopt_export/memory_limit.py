@@ -7,11 +7,10 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memopt.errors import OutOfResource
-from memopt.memory import give_back, read_host_memory
+from memopt.memory import STATUS, give_back, kib_fields, read_host_memory
 from memopt.sizes import show_size
 from memopt_export import correct
 from memopt_export.calibrate import SMALLEST_RUN, run_size, sample_bytes
@@ -125,8 +124,7 @@ def resident_bytes() -> int:
 
 def _data_bytes() -> int:
     """The private memory that the kernel counts against RLIMIT_DATA (VmData), used or only asked for."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return int(fields["VmData"].split()[0]) * 1024
+    return kib_fields(STATUS)["VmData"]
 
 
 @dataclass(frozen=True)

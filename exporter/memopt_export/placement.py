@@ -107,6 +107,12 @@ def has_weight(node: onnx.NodeProto, wiring: Wiring) -> bool:
     return wiring.is_constant(node.input[1]) and not wiring.is_constant(node.input[0])
 
 
+def is_plain_gemm(node: onnx.NodeProto) -> bool:
+    """Whether a Gemm has no factors and reads its first input as it is."""
+    factors = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
+    return bool(factors == (1, 1) and not attribute(node, "transA", 0))
+
+
 # --- layers
 
 
@@ -134,10 +140,7 @@ def _conv_axis(_node: onnx.NodeProto, _rank: int) -> int:
 
 def _gemm_axis(node: onnx.NodeProto, _rank: int) -> int | None:
     """None where factors or a transposed input leave the integer kernel's ground."""
-    plain = (
-        attribute(node, "transA", 0) == 0 and attribute(node, "alpha", 1.0) == 1 and attribute(node, "beta", 1.0) == 1
-    )
-    return (0 if attribute(node, "transB", 0) else 1) if plain else None
+    return (0 if attribute(node, "transB", 0) else 1) if is_plain_gemm(node) else None
 
 
 def _matmul_axis(_node: onnx.NodeProto, rank: int) -> int | None:

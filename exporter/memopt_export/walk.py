@@ -6,6 +6,7 @@ weights may change ahead of the walk. Files are read and written, not mapped: th
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,6 +256,18 @@ def share_scalars(inputs: Sequence[TensorSpec], batch: Mapping[str, Array]) -> d
                 hint="--data with the samples of one value",
             )
     return {name: np.asarray(array.reshape(-1)[0]) if name in scalars else array for name, array in batch.items()}
+
+
+def watch_all(
+    model: onnx.ModelProto, batches: Sequence[Mapping[str, Array]], tensors: Sequence[str], *, cuts: Sequence[int] = ()
+) -> Iterator[tuple[str, Array]]:
+    """Every tensor asked for with its value, batch by batch; the model is cut into pieces before the nodes named."""
+    with tempfile.TemporaryDirectory(prefix="memopt-") as folder:
+        walk = Walk(model, batches, Path(folder))
+        for stop in (*cuts, len(model.graph.node)):
+            own = [name for name in tensors if walk.position <= max(walk.writer(name), 0) < stop]
+            for values in walk.advance(stop, own):
+                yield from zip(own, values, strict=True)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_STATUS, _ROLLUP, _CLEAR_REFS = (
+STATUS, _ROLLUP, _CLEAR_REFS = (
     Path("/proc/self/status"),
     Path("/proc/self/smaps_rollup"),
     Path("/proc/self/clear_refs"),
@@ -74,7 +74,7 @@ class Bill:
 def read_host_memory() -> HostMemory:
     """This process's memory now, from smaps_rollup and VmHWM; without /proc all numbers are unknown."""
     try:
-        rollup, status = _kib_fields(_ROLLUP), _kib_fields(_STATUS)
+        rollup, status = kib_fields(_ROLLUP), kib_fields(STATUS)
     except OSError:
         return HostMemory(None, None, None, None, "unknown: no /proc/self/smaps_rollup on this system")
     private = rollup.get("Anonymous")
@@ -104,7 +104,8 @@ def reset_peak() -> bool:
     return True
 
 
-def _kib_fields(path: Path) -> dict[str, int]:
+def kib_fields(path: Path) -> dict[str, int]:
+    """The fields of a file such as STATUS that are given in kB, in bytes."""
     return {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB", path.read_text(), re.MULTILINE)}
 
 

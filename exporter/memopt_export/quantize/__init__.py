@@ -19,7 +19,7 @@ from memopt_export.simplify import simplify
 if TYPE_CHECKING:
     from memopt_models.data import Pictures, Samples
 
-__all__ = ["METHODS", "Means", "Quantized", "Step", "quantize", "to_quantize"]
+__all__ = ["METHODS", "Means", "Quantized", "Step", "quantize", "to_quantize", "with_provenance"]
 
 METHODS: dict[str, Callable[..., Quantized]] = {
     "fp16": half.convert,
@@ -48,7 +48,11 @@ def quantize(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, m
         AnswerIsNo: nothing in it can be quantized.
     """
     ready = to_quantize(graph, recipe)
-    done = METHODS[recipe.precision](ready, recipe, samples, means)
+    return with_provenance(METHODS[recipe.precision](ready, recipe, samples, means), recipe, samples)
+
+
+def with_provenance(done: Quantized, recipe: Recipe, samples: Samples | Pictures | None) -> Quantized:
+    """The same, with a graph that tells what quantized it; samples that nobody looked at are left out."""
     told = provenance(recipe, samples if done.ranges is not None else None)
     return replace(done, graph=replace(done.graph, quantization=told))
 
