@@ -107,6 +107,18 @@ class _Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class _Dimension(click.ParamType[tuple[str, int]]):
+    """The size of a free dimension: sequence=128."""
+
+    name = "dimension"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        name, equals, size = str(value).rpartition("=")
+        if not (equals and name and size.isdigit() and int(size) > 0):
+            self.fail(f"{value!r} is no size of a dimension; type sequence=128", param, ctx)
+        return name, int(size)
+
+
 def _quantizing(command: _Command) -> _Command:
     """The options of `quantize` that say how. None has a default here: a recipe file may say it."""
     number, share = click.IntRange(min=1), click.FloatRange(min=0)
@@ -340,15 +352,24 @@ def engine(
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--batch", type=_Batches(), default="1", show_default=True, help="Batches to plan, such as 1,8,32.")
 @click.option("--budget", type=_Size(), help="Find the largest batch within this size, such as 64MiB.")
+@click.option("--dim", "dims", type=_Dimension(), multiple=True, help="A free dimension, such as sequence=128. Repeat.")
+@click.option("--svg", type=click.Path(path_type=Path), help="Draw the first plan: memory over the order of execution.")
+@click.option("--reorder", type=click.Path(path_type=Path), help="Save the graph in an order that needs less, if any.")
+@_force
 @_json
-def plan(model: Path, batch: tuple[int, ...], budget: int | None, as_json: bool) -> None:
-    """Plan the memory of MODEL, an .onnx file, without running it."""
+def plan(
+    model: Path, batch: tuple[int, ...], budget: int | None, dims: Sequence[tuple[str, int]], svg: Path | None,
+    reorder: Path | None, force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Plan the memory of MODEL, an .onnx file, as ONNX Runtime executes it here, without running it."""
     from memopt_export import commands, console
 
-    plans = commands.plan(model, batch, budget)
+    plans = commands.plan(model, batch, budget, dims=dict(dims), svg=svg, reordered=reorder, force=force)
     console.show(plans, as_json=as_json)
     if not plans.fits:
         raise _Shown(f"{model} does not fit into the budget at batch 1")
+    if reorder is not None and plans.reordered is None:
+        raise _Shown(f"no order of {model} is known that needs less; {reorder} is not written")
 
 
 @cli.command()

@@ -156,6 +156,9 @@ class Plans:
     plans: tuple[Plan, ...]
     budget_bytes: int | None = None
     largest_batch: int | None = None
+    svg: str | None = None  # where the first plan's picture is
+    reordered: str | None = None  # where the graph in another order is
+    peak_before_bytes: int | None = None  # of the order in the file, where another one was sought
 
     @property
     def fits(self) -> bool:
@@ -391,15 +394,55 @@ def engine(
     return SavedEngine(str(output), len(built.data), built.info, refused)
 
 
-def plan(model: Path, batches: Sequence[int], budget_bytes: int | None) -> Plans:
-    """The static memory plan, and the largest batch whose weights, inputs and activations fit into the budget."""
-    from memopt_export import plan as planning
-    from memopt_export.graph import load_graph
+def plan(
+    model: Path, batches: Sequence[int], budget_bytes: int | None, *, dims: Mapping[str, int], svg: Path | None,
+    reordered: Path | None, force: bool,
+) -> Plans:  # fmt: skip
+    """The static memory plan, and the largest batch whose weights, inputs and activations fit into the budget.
 
+    Args:
+        model: an .onnx file.
+        batches: to plan; free dimensions that `dims` does not name are as large.
+        budget_bytes: for all of it, or None.
+        dims: sizes of free dimensions by name.
+        svg: where a picture of the first plan goes, or None.
+        reordered: where the graph goes in an order of nodes that needs less, if there is one, or None.
+        force: whether existing files may be replaced.
+
+    Raises:
+        UsageError: no input has a free dimension of that name, or a file exists and `force` is not given.
+    """
+    from memopt_export import plan as planning
+    from memopt_export.executed import as_executed
+    from memopt_export.graph import load_graph, save_graph
+    from memopt_export.order import reorder
+    from memopt_export.plan_svg import draw
+
+    for path in filter(None, (svg, reordered)):
+        refuse_to_overwrite(path, force=force)
     graph = load_graph(model)
-    plans = tuple(planning.plan(graph, batch=batch) for batch in batches)
-    largest = planning.largest_batch(graph, budget_bytes) if budget_bytes is not None else None
-    return Plans(str(model), plans, budget_bytes, largest)
+    _check_dims(graph, dims)
+    found = reorder(graph, batch=batches[0]) if reordered is not None else None
+    executed = as_executed(found.graph if found is not None else graph)
+    plans = tuple(planning.plan(executed, batch=batch, dims=dims) for batch in batches)
+    largest = planning.largest_batch(executed, budget_bytes, dims=dims) if budget_bytes is not None else None
+    if svg is not None:
+        write_atomically(svg, draw(plans[0], title=model.name).encode(), force=force)
+    if reordered is not None and found is not None and found.helps:
+        save_graph(found.graph, reordered, force=force)
+    return Plans(
+        str(model), plans, budget_bytes, largest,
+        svg=str(svg) if svg is not None else None,
+        reordered=str(reordered) if found is not None and found.helps else None,
+        peak_before_bytes=found.before_bytes if found is not None else None,
+    )  # fmt: skip
+
+
+def _check_dims(graph: Graph, dims: Mapping[str, int]) -> None:
+    free = sorted({dim for spec in graph.inputs for dim in spec.shape if isinstance(dim, str)})
+    for name in dims:
+        if name not in free:
+            raise UsageError(f"no input has a free dimension called {name!r}", hint=", ".join(free) or "there is none")
 
 
 def compare_files(

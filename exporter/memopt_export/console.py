@@ -339,8 +339,20 @@ def _draw_plans(console: Console, plans: Plans) -> None:
         for plan in plans.plans
     ]  # fmt: skip
     _table(console, columns, rows)
-    held = ", ".join(f"{name} {show_size(size)}" for name, size in plans.plans[0].peak_tensors)
-    _say(console, f"at the peak: {held}")
+    first = plans.plans[0]
+    held = [f"{name} {show_size(size)}" for name, size in first.peak_tensors]
+    held += [f"and {show_size(scratch)} of its kernel"] if (scratch := first.scratch[first.peak_step]) else []
+    facts = {
+        "nodes": f"{len(first.steps)}, as executed by {first.by}",
+        "weights": ", ".join(f"{dtype} {show_size(size)}" for dtype, size in first.weights.items()) or None,
+        "at the peak": _some(held),
+        "at least, without": _some(first.unknown) and f"{_some(first.unknown)}, whose sizes depend on values",
+        "drawn": plans.svg,
+    }
+    if plans.peak_before_bytes is not None:
+        peaks = f"{show_size(plans.peak_before_bytes)} before, {show_size(first.activation_bytes)} now"
+        facts["reordered"] = f"{plans.reordered}: {peaks}" if plans.reordered else None
+    _facts(console, facts)
     if plans.budget_bytes is not None:
         answer = f"batch {plans.largest_batch}" if plans.largest_batch is not None else "nothing"
         _say(console, f"largest within {show_size(plans.budget_bytes)}: {answer}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 import threading
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -111,16 +112,14 @@ class Graph:
         return first[0] if first and isinstance(first[0], int) else None
 
     def weights_bytes(self) -> dict[str, int]:
-        """Bytes of initializers by dtype, subgraphs left out."""
-        from onnx import helper
-
+        """Bytes of all that the graph stores by dtype, the largest first: initializers, Constant nodes, subgraphs."""
         sizes: dict[str, int] = {}
-        for tensor in self.model.graph.initializer:
-            dtype = helper.tensor_dtype_to_string(tensor.data_type).removeprefix("TensorProto.").lower()
-            dtype = _ONNX_NAMES.get(dtype, dtype)
-            size = nbytes(dtype, _elements(tensor.dims)) if dtype in DTYPE_BITS else tensor.ByteSize()  # strings
-            sizes[dtype] = sizes.get(dtype, 0) + size
-        return sizes
+        for body in bodies(self.model):
+            for _, tensor in body.tensors():
+                dtype = dtype_of(tensor.data_type)
+                size = nbytes(dtype, math.prod(tensor.dims)) if dtype in DTYPE_BITS else tensor.ByteSize()  # strings
+                sizes[dtype] = sizes.get(dtype, 0) + size
+        return dict(sorted(sizes.items(), key=lambda each: -each[1]))
 
 
 def load_graph(path: Path, *, checked: bool = False) -> Graph:
@@ -372,27 +371,29 @@ def is_quantized(model: onnx.ModelProto) -> bool:
 
 def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
     """Name, dtype and shape of an input, an output or a tensor between; a nameless free dimension is called "batch"."""
-    from onnx import helper
-
     kind = value.type.WhichOneof("value")
     if kind != "tensor_type":
         raise InputRefused(f"{value.name!r} is a {kind or 'value of unknown type'}; only tensors are supported")
     tensor = value.type.tensor_type
-    dtype = helper.tensor_dtype_to_string(tensor.elem_type).removeprefix("TensorProto.").lower()
     shape = tuple(
         dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or FREE_DIMENSION) for dim in tensor.shape.dim
     )
-    return TensorSpec(value.name, _ONNX_NAMES.get(dtype, dtype), shape)
+    return TensorSpec(value.name, dtype_of(tensor.elem_type), shape)
 
 
 _ONNX_NAMES = {"float": "float32", "double": "float64"}
 
 
-def _elements(dims: object) -> int:
-    count = 1
-    for dim in dims:  # type: ignore[attr-defined]  # protobuf's repeated field has no public type
-        count *= dim
-    return count
+def dtype_of(number: int) -> str:
+    """Numpy's name of ONNX's dtype, or ONNX's own where numpy has none.
+
+    >>> dtype_of(1), dtype_of(22)
+    ('float32', 'int4')
+    """
+    from onnx import helper
+
+    name = helper.tensor_dtype_to_string(number).removeprefix("TensorProto.").lower()
+    return _ONNX_NAMES.get(name, name)
 
 
 @dataclass(frozen=True)

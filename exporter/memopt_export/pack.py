@@ -243,11 +243,12 @@ def _add_graph(part: OnnxPart, model: bytes, weights: bytes, weights_path: str |
 
 
 def _planned(graph: Graph) -> int | None:
-    """Activations at batch 1; None for a graph that cannot be planned: subgraphs, shapes that follow values."""
+    """Activations at batch 1, without what threads take once at any batch; None where some depend on values."""
     try:
-        return plan(graph, batch=1).activation_bytes
+        found = plan(graph, batch=1, threads=0)
     except InputRefused:
         return None
+    return found.activation_bytes if not found.unknown else None
 
 
 def _add_engine(part: EnginePart, contents: Contents, items: list[Entry]) -> Variant:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from memopt_export.graph import Graph
 from memopt_models.data import Samples
+
+sys.path.append(str(Path(__file__).parent.parent / "tracing"))
+from traced import peaks, tracer  # found through the line above
 
 
 class Net:
@@ -185,3 +192,12 @@ def build_engine():
         return engine.nbytes
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tracing(tmp_path_factory):
+    """Function from a list of `traced.Run` to the bytes that ONNX Runtime allocates at the peak of each."""
+    library = tracer(tmp_path_factory.mktemp("tracing"))
+    if library is None:
+        pytest.skip("gcc is not installed, so what traces allocations cannot be compiled")
+    return partial(peaks, library)

@@ -116,6 +116,10 @@ REFUSED = [
     (("plan", "tiny.onnx", "--budget", "12QB"), 2, "'12QB' is not a size"),
     (("plan", "tiny.onnx", "--budget", "1KiB"), 1, "tiny.onnx does not fit into the budget"),
     (("plan", "tiny.onnx", "--bathc", "1"), 2, "No such option '--bathc'"),
+    (("plan", "tiny.onnx", "--dim", "length"), 2, "'length' is no size of a dimension; type sequence=128"),
+    (("plan", "tiny.onnx", "--dim", "length=4"), 2, "no input has a free dimension called 'length'; hint: batch"),
+    (("plan", "tiny.onnx", "--reorder", "other.onnx"), 1, "no order of tiny.onnx is known that needs less"),
+    (("plan", "tiny.onnx", "--svg", "page.onnx"), 2, "page.onnx exists"),
     (("plna",), 2, "No such command 'plna'"),
     (("plan",), 2, "Missing argument 'MODEL'"),
     (("quantize", "tiny.onnx", "-o", "q.onnx"), 2, "--data SPEC"),
@@ -230,9 +234,11 @@ def test_the_way_of_one_model(type_: Callable[..., Answer], folder: Path, tmp_pa
     assert half["precision"] == "fp16"
     built = document("engine", tmp_path / "fp16.onnx", "--target", "sm86,sm75", "-o", tmp_path / "fp16.engine")
     assert built["info"]["targets"] == ["sm86", "sm75"]
-    planned = document("plan", model, "--batch", "1,8", "--budget", "4MiB")
-    assert planned["plans"][1]["activation_bytes"] == 8 * planned["plans"][0]["activation_bytes"]
+    planned = document("plan", model, "--batch", "1,8", "--budget", "4MiB", "--svg", tmp_path / "plan.svg")
+    one, eight = (each["activation_bytes"] - max(each["scratch"]) for each in planned["plans"])
+    assert 7 * one < eight <= 8 * one + max(planned["plans"][0]["scratch"])
     assert planned["largest_batch"] >= 8
+    assert (tmp_path / "plan.svg").read_text().startswith("<svg")
     parts = (model, tmp_path / "int8.onnx", tmp_path / "fp16.onnx", tmp_path / "fp16.engine")
     packed = document("pack", *parts, "--name", "tiny", *data, "-o", tmp_path / "tiny.mopt")
     assert packed["variants"] == ["tiny", "int8", "fp16", "fp16-rtx"]

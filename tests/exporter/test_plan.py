@@ -1,12 +1,11 @@
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from traced import Run
 
 from memopt.errors import InputRefused
+from memopt_export.executed import as_executed, as_written
 from memopt_export.graph import Graph, save_graph
 from memopt_export.plan import largest_batch, plan
 from memopt_export.quantize import quantize
@@ -36,7 +35,7 @@ def graph(cnn):
 
 
 def test_chain_by_hand(chain):
-    found = plan(chain)
+    found = plan(as_written(chain), threads=0)
     assert found.steps == (("conv", 2048), ("relu", 2048), ("pool", 2560), ("flatten", 512), ("fc", 552))
     assert (found.activation_bytes, found.peak_node) == (2560, "pool")
     assert found.peak_tensors == (("conv.out", 2048), ("pool.out", 512))
@@ -51,7 +50,7 @@ def test_residual_keeps_its_skip_alive(net):
     drawn.conv(4, name="a")
     drawn.conv(4, name="b")
     drawn.op("Add", drawn.last, skip, name="add")
-    assert plan(drawn.graph()).steps == (("skip", 1024), ("a", 2048), ("b", 3072), ("add", 3072))
+    assert plan(as_written(drawn.graph()), threads=0).steps == (("skip", 1024), ("a", 2048), ("b", 3072), ("add", 3072))
 
 
 def test_an_output_lives_to_the_end(net):
@@ -59,8 +58,8 @@ def test_an_output_lives_to_the_end(net):
     early = drawn.conv(4, name="early")
     drawn.op("GlobalAveragePool", name="mean")
     drawn.op("Flatten", name="flatten")
-    found = plan(drawn.graph(early, "flatten.out"))
-    assert found.steps == (("early", 1024), ("mean", 1040), ("flatten", 1040))
+    found = plan(as_written(drawn.graph(early, "flatten.out")), threads=0)
+    assert found.steps == (("early", 1024), ("mean", 1040), ("flatten", 1056))  # an output is no view
     assert found.output_bytes == 1040
 
 
@@ -68,7 +67,7 @@ def test_a_result_that_nobody_reads_lives_for_one_step(net):
     drawn = net(4, 8, 8)
     drawn.conv(4, read="x", name="dead")
     drawn.conv(4, read="x", name="live")
-    assert plan(drawn.graph()).steps == (("dead", 1024), ("live", 1024))
+    assert plan(as_written(drawn.graph()), threads=0).steps == (("dead", 1024), ("live", 1024))
 
 
 def test_relu_needs_memory_where_its_input_is_read_again(net):
@@ -76,13 +75,13 @@ def test_relu_needs_memory_where_its_input_is_read_again(net):
     conv = drawn.conv(4, name="conv")
     drawn.op("Relu", name="relu")
     drawn.op("Add", drawn.last, conv, name="add")
-    assert plan(drawn.graph()).steps == (("conv", 1024), ("relu", 2048), ("add", 3072))
+    assert plan(as_written(drawn.graph()), threads=0).steps == (("conv", 1024), ("relu", 2048), ("add", 3072))
 
 
 def test_relu_does_not_write_over_the_caller_s_input(net):
     drawn = net(4, 8, 8)
     drawn.op("Relu", name="relu")
-    assert plan(drawn.graph()).steps == (("relu", 1024),)
+    assert plan(as_written(drawn.graph()), threads=0).steps == (("relu", 1024),)
 
 
 def test_relu_does_not_write_over_a_view_of_what_is_read_again(net):
@@ -92,7 +91,7 @@ def test_relu_does_not_write_over_a_view_of_what_is_read_again(net):
     drawn.op("Relu", name="relu")
     drawn.op("Flatten", conv, name="again")
     drawn.op("Add", "relu.out", "again.out", name="add")
-    assert [live for _, live in plan(drawn.graph()).steps] == [1024, 1024, 2048, 2048, 3072]
+    assert [live for _, live in plan(as_written(drawn.graph()), threads=0).steps] == [1024, 1024, 2048, 2048, 3072]
 
 
 @pytest.mark.parametrize("kind", ["Reshape", "Flatten", "Identity", "Squeeze", "Unsqueeze"])
@@ -102,14 +101,14 @@ def test_views_need_no_memory(net, kind):
     extra = {"Reshape": [0, -1], "Squeeze": [3], "Unsqueeze": [1]}.get(kind)
     drawn.op(kind, drawn.last, *([] if extra is None else [drawn.constant("extra", np.asarray(extra))]), name="view")
     drawn.op("Tanh", name="last")
-    assert plan(drawn.graph()).steps == (("tanh", 128), ("view", 128), ("last", 256))
+    assert plan(as_written(drawn.graph()), threads=0).steps == (("tanh", 128), ("view", 128), ("last", 256))
 
 
 def test_a_view_of_the_input_is_the_caller_s_too(net):
     drawn = net(4, 8, 8)
     drawn.op("Flatten", name="flatten")
     drawn.gemm(256, 10)
-    assert plan(drawn.graph()).steps == (("flatten", 0), ("fc", 40))
+    assert plan(as_written(drawn.graph()), threads=0).steps == (("flatten", 0), ("fc", 40))
 
 
 def test_shapes_are_followed_through_shape_arithmetic(net):
@@ -121,22 +120,20 @@ def test_shapes_are_followed_through_shape_arithmetic(net):
     drawn.op("Concat", drawn.last, drawn.constant("rest", np.asarray([-1])), axis=0, name="target")
     drawn.op("Reshape", "conv.out", drawn.last, name="view")
     drawn.op("Tanh", name="last")
-    found = plan(drawn.graph(), batch=3)
+    found = plan(as_written(drawn.graph()), batch=3, threads=0)
     assert (found.peak_node, found.activation_bytes) == ("last", 2 * 3072)
 
 
-def test_int8_kernels_read_and_write_integers(chain, samples_of):
-    """A quarter of the float activations, and the input in integers, 192 bytes; the result stays float."""
-    small = plan(quantize(chain, parse("int8"), samples_of(chain)).graph)
-    live = dict(small.steps)
-    assert (live["conv"], live["pool"], live["fc"]) == (192 + 512, 512 + 128, 128 + 40)
-    assert (small.activation_bytes, small.peak_node) == (704, "conv")
+def test_int8_needs_a_quarter_of_what_is_alive(chain, samples_of):
+    small = plan(quantize(chain, parse("int8"), samples_of(chain)).graph, threads=0)
+    assert small.peak_tensors[0][1] == 512  # the convolution's output, in integers
+    assert small.activation_bytes < plan(chain, threads=0).activation_bytes
 
 
-def test_fp16_needs_half(graph, samples_of):
+def test_fp16_is_planned_as_a_cpu_runs_it_in_float32(graph, samples_of):
     small = plan(quantize(graph, parse("fp16"), None).graph)
     assert small.weights_bytes == plan(graph).weights_bytes / 2
-    assert small.activation_bytes == plan(graph).activation_bytes / 2
+    assert small.activation_bytes >= plan(graph).activation_bytes
     assert (small.input_bytes, small.output_bytes) == (plan(graph).input_bytes, plan(graph).output_bytes)
 
 
@@ -145,49 +142,59 @@ def test_weights_are_counted_in_bits(net):
     drawn.op("Relu")
     model = drawn.model()
     model.graph.initializer.append(onnx.helper.make_tensor("w", onnx.TensorProto.INT4, [3, 5], np.zeros(15, np.int8)))
-    assert plan(Graph(model, "0" * 64)).weights_bytes == 8
+    assert plan(Graph(model, "0" * 64)).weights == {"int4": 8}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8-tensorrt"])
+def test_weights_of_constant_nodes_are_counted(net):
+    drawn = net(3)
+    drawn.op("Tanh")
+    model = drawn.model()
+    value = onnx.numpy_helper.from_array(np.ones((5, 3), np.float16))
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["constant"], value=value))
+    assert plan(Graph(model, "0" * 64)).weights == {"float16": 30}
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["as written", "as executed"])
+def test_a_branch_writes_into_the_output_and_needs_what_it_keeps_beside(net, written):
+    drawn = net(64)
+    drawn.choice("choice")
+    taken = drawn.model()
+    taken.graph.initializer.remove(next(each for each in taken.graph.initializer if each.name == "yes"))
+    taken.graph.input.append(onnx.helper.make_tensor_value_info("yes", onnx.TensorProto.BOOL, []))
+    graph = Graph(taken, "0" * 64)
+    found = plan(as_written(graph) if written else as_executed(graph), batch=10)
+    assert dict(found.steps)["choice"] == 10 * 64 * 4 + (4 if written else 0)  # 1.0 is a constant once it is optimized
+    assert not found.unknown
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_activations_are_linear_in_the_batch(graph, samples_of, precision):
     if precision != "fp32":
         graph = quantize(graph, parse(precision), samples_of(graph)).graph
-    one, two, nine = (plan(graph, batch=batch).activation_bytes for batch in (1, 2, 9))
+    one, two, nine = (plan(graph, batch=batch, threads=0).activation_bytes for batch in (100, 101, 108))
     assert nine - one == 8 * (two - one)
 
 
-# What one run adds to a fresh process at its peak. Arena and buffer reuse are off, large blocks go back to the system.
-MEASURE = """if True:
-    import ctypes, sys
-    ctypes.CDLL(None).mallopt(-3, 2**17)
-    import numpy, onnxruntime
-    from pathlib import Path
-
-    def status(key):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-    options = onnxruntime.SessionOptions()
-    options.enable_cpu_mem_arena = options.enable_mem_pattern = options.enable_mem_reuse = False
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-    x = numpy.ones((int(sys.argv[2]), 3, 16, 16), numpy.float32)
-    session.run(None, {"x": x})
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    session.run(None, {"x": x})
-    print(status("VmHWM") - before)
-"""
+PRECISIONS = ("fp16", "int8", "int8-dynamic", "int8-weights")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_plan_is_what_onnx_runtime_takes_at_its_peak(graph, samples_of, tmp_path, precision):
-    if precision != "fp32":
-        graph = quantize(graph, parse(precision), samples_of(graph)).graph
-    save_graph(graph, tmp_path / "model.onnx")
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "model.onnx"), "512"]
-    measured = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert measured == pytest.approx(plan(graph, batch=512).activation_bytes, rel=0.1)
+@pytest.fixture(scope="module")
+def variants(graph, samples_of):
+    """Precision -> graph."""
+    drawn = samples_of(graph)
+    made = {name: quantize(graph, parse(name), drawn).graph for name in PRECISIONS}
+    return {"fp32": graph, **made}
+
+
+def test_plan_is_what_onnx_runtime_allocates_at_its_peak(variants, tracing, tmp_path):
+    runs, planned = [], []
+    for precision, graph in variants.items():
+        save_graph(graph, tmp_path / f"{precision}.onnx")
+        for batch in (1, 8, 32):
+            runs.append(Run(str(tmp_path / f"{precision}.onnx"), batch))
+            planned.append(plan(graph, batch=batch, threads=1).activation_bytes)
+    for run, traced, expected in zip(runs, tracing(runs), planned, strict=True):
+        assert traced == pytest.approx(expected, rel=0.03), run
 
 
 @settings(max_examples=30, deadline=None)
@@ -232,12 +239,14 @@ def test_graph_is_unchanged(graph):
 # --- refusals
 
 
-def test_a_shape_that_depends_on_values_is_refused_by_name(net):
+def test_what_depends_on_values_is_named_and_not_counted(net):
     drawn = net(4)
     drawn.op("NonZero", name="nonzero")
     drawn.op("Cast", to=onnx.TensorProto.FLOAT)
-    with pytest.raises(InputRefused, match=r"the shape of 'nonzero\.out' does not follow from the inputs'"):
-        plan(drawn.graph())
+    found = plan(as_written(drawn.graph()))
+    assert found.unknown[0] == "nonzero.out" and found.activation_bytes == 0
+    with pytest.raises(InputRefused, match=r"what fits cannot be told: the size of nonzero\.out, .* is not known"):
+        largest_batch(drawn.graph(), 10_000)
 
 
 def test_a_batch_built_into_a_reshape_is_refused_at_another(net):
@@ -261,10 +270,3 @@ def test_a_batch_that_does_not_meet_a_weight_is_refused(net):
 def test_a_batch_of_nothing_is_refused(chain):
     with pytest.raises(InputRefused, match="batch is 0; hint: --batch 1"):
         plan(chain, batch=0)
-
-
-def test_a_subgraph_is_refused(net):
-    drawn = net(3)
-    drawn.choice()
-    with pytest.raises(InputRefused, match="plan handles straight graphs only; 'choice' is a If"):
-        plan(drawn.graph())
