@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memopt.errors import first_line
+from memopt.errors import OutOfResource, first_line
 from memopt.ort_runtime import library_errors, version
 from memopt_export.graph import Graph, copy_fields
 from memopt_export.tensor_rules import dtype_name, size_bytes
@@ -46,22 +46,26 @@ def as_executed(graph: Graph) -> Executed:
     """What ONNX Runtime makes of the graph on this CPU; the graph as written, with the reason, where it cannot open it.
 
     Any other processor, or version of the library, may fuse otherwise.
+
+    Raises:
+        OutOfResource: the folder for temporary files is full, or cannot be written.
     """
-    with tempfile.TemporaryDirectory(prefix="memopt-") as name:
-        folder = Path(name)
-        hollow = _hollow(graph.model, folder / _ZEROS)
-        (folder / "graph.onnx").write_bytes(hollow.SerializeToString())
-        try:
-            optimized = _optimize(folder)
-        except library_errors() as error:
-            return as_written(graph, because=f"onnxruntime cannot open it: {first_line(error)}")
+    try:
+        with tempfile.TemporaryDirectory(prefix="memopt-") as name:
+            optimized = _optimize(graph, Path(name))
+    except OSError as error:
+        raise OutOfResource(f"no room for temporary files: {first_line(error)}") from error
+    except library_errors() as error:
+        return as_written(graph, because=f"onnxruntime cannot open it: {first_line(error)}")
     return Executed(optimized, graph, f"onnxruntime {version()}")
 
 
-def _optimize(folder: Path) -> onnx.ModelProto:
+def _optimize(graph: Graph, folder: Path) -> onnx.ModelProto:
     import onnx
     import onnxruntime
 
+    hollow = _hollow(graph.model, folder / _ZEROS)
+    (folder / "graph.onnx").write_bytes(hollow.SerializeToString())
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # it warns that what it writes fits this processor alone
     options.intra_op_num_threads = 1
@@ -106,8 +110,8 @@ def _hollow(model: onnx.ModelProto, zeros: Path | None = None) -> onnx.ModelProt
             for key, entry in (("location", zeros.name), ("offset", "0"), ("length", str(size))):
                 bare.external_data.add(key=key, value=entry)
     if zeros is not None:
-        with zeros.open("wb") as file:
-            file.truncate(max(sizes, default=0))
+        zeros.touch()
+        os.truncate(zeros, max(sizes, default=0))
     return hollow
 
 
