@@ -137,8 +137,14 @@ def load_graph(path: Path, *, checked: bool = False) -> Graph:
     """
     from memopt_export import preflight
 
-    model = preflight.parse(path) if checked else preflight.check(path)
-    preflight.load_external(model, path.parent)
+    return read_graph(preflight.parse(path) if checked else preflight.check(path), path.parent)
+
+
+def read_graph(model: onnx.ModelProto, folder: Path) -> Graph:
+    """The graph of a model that has been found sound, whose external data lies in `folder`; see `load_graph`."""
+    from memopt_export import preflight
+
+    preflight.load_external(model, folder)
     card = _read_card(model)
     weights, precision = card.weights or _digest_of_tensors(model), card.precision or _guess_precision(model)
     graph = Graph(model, weights, precision, from_card(card.quantization))
