@@ -36,12 +36,14 @@ class Left:
 
     Attributes:
         count: of DequantizeLinear.
-        nodes: that compute in float on what is dequantized, as "Conv 'name'", the first of them.
+        readers: how many nodes compute in float on what is dequantized.
+        nodes: the first of these, as "Conv 'name'".
         float_bytes: of such floats, the most that are alive at one time, every free dimension being 1.
         unsized: how many of these tensors have a size that is not known, and are left out of `float_bytes`.
     """
 
     count: int = 0
+    readers: int = 0
     nodes: tuple[str, ...] = ()
     float_bytes: int = 0
     unsized: int = 0
@@ -225,7 +227,9 @@ def _left(
 ) -> Left:
     named = [f"{wiring.nodes[index].op_type} {label(wiring.nodes[index])!r}" for index in sorted(readers)]
     known = {name: size for name, size in floats.items() if size is not None}
-    return Left(len(list(dequantizers)), tuple(named[:_SHOWN]), _most_alive(known, wiring), len(floats) - len(known))
+    return Left(
+        len(list(dequantizers)), len(named), tuple(named[:_SHOWN]), _most_alive(known, wiring), len(floats) - len(known)
+    )
 
 
 def _most_alive(sizes: Mapping[str, int], wiring: Wiring) -> int:

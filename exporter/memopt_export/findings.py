@@ -48,7 +48,6 @@ _LEVELS = 255  # steps of an 8-bit grid
 _LEAST_ROW, _PROBED = 16, 4096  # elements: fewer fit any grid; so many tell mostly
 _ROUNDING = 1e-3  # of a step: what float32 loses of 255 of them is far less
 _PRUNE = "memopt-export prune CHECKPOINT --ratio 0.5 -o PRUNED.safetensors"
-_QUANTIZE = "memopt-export quantize FLOAT.onnx --precision int8"
 
 
 @dataclass(frozen=True)
@@ -146,12 +145,14 @@ class Model:
         stored: all its tensors, see `stored_in`.
         execution: what ONNX Runtime executes; None: not known.
         path: by which remedies call it.
+        source: by which remedies call the float graph that it was quantized from.
     """
 
     graph: Graph
     stored: tuple[Stored, ...]
     execution: Execution | None
     path: Path
+    source: Path = Path("FLOAT.onnx")
 
     @cached_property
     def wiring(self) -> Wiring:
@@ -181,6 +182,19 @@ class Model:
     def simplified(self) -> str:
         """What makes a file of it that is stored as it should be."""
         return self.command("simplify {}", "simple")
+
+    @property
+    def served(self) -> str:
+        """What brings it to where its Q/DQ are computed in integers."""
+        told = self.graph.quantization
+        if told is not None and told.recipe.target == "tensorrt":
+            return f"memopt-export engine {self.path} -o {self.path.stem}.engine"
+        return self.calibrated
+
+    @property
+    def calibrated(self) -> str:
+        """What makes of its source a graph that this CPU computes in integers, on samples that are known."""
+        return f"memopt-export quantize {self.source} --precision int8 --target cpu --data SPEC -o INT8.onnx"
 
     def command(self, words: str, ending: str) -> str:
         """What makes a new file of this one, which stands for {}."""
@@ -351,22 +365,15 @@ def _scattered_zeros(model: Model) -> Iterator[Finding]:
 
 
 def _unfused(model: Model) -> Iterator[Finding]:
-    told = model.graph.quantization
-    remedy = f"{_QUANTIZE} --target cpu --data SPEC -o INT8.onnx"
-    if told is not None and told.recipe.target == "tensorrt":
-        remedy = f"memopt-export engine {model.path} -o {model.path.stem}.engine"
     if model.execution is not None:
-        what = "DequantizeLinear left by ONNX Runtime on this CPU, and floats behind them that are quantized again"
-        yield from _left("unfused Q/DQ", what, model.execution.activations, remedy)
+        what = "DequantizeLinear are left between integers and floats that are quantized again"
+        yield from _left("unfused Q/DQ", what, model.execution.activations, model.served)
 
 
 def _unpacked_in_each_run(model: Model) -> Iterator[Finding]:
     if model.execution is not None:
-        what = (
-            "quantized weights that ONNX Runtime on this CPU makes floats of in every run, beside the integers it holds"
-        )
-        remedy = f"{_QUANTIZE} --target cpu --data SPEC -o INT8.onnx"
-        yield from _left("unpacked in each run", what, model.execution.weights, remedy)
+        what = "quantized weights become floats in every run, beside the integers that are held"
+        yield from _left("unpacked in each run", what, model.execution.weights, model.served)
 
 
 def _unpacked_at_load(model: Model) -> Iterator[Finding]:
@@ -378,8 +385,8 @@ def _unpacked_at_load(model: Model) -> Iterator[Finding]:
     gained = held.get("float32", 0) - stored.get("float32", 0)
     if lost >= LEAST_BYTES and gained > lost:
         narrow = [one for one in model.stored if one.dtype in _NARROW and one.size_bytes >= LEAST_BYTES]
-        what = f"{show_size(lost)} of weights, which ONNX Runtime on this CPU turns into {show_size(gained)} of float32"
-        remedy = f"{_QUANTIZE} --target cpu --data SPEC -o INT8.onnx"
+        what = f"{show_size(lost)} of weights become {show_size(gained)} of float32 in ONNX Runtime on this CPU"
+        remedy = model.calibrated
         yield from _finding("unpacked at load", what, narrow, 0, gained - lost, remedy)
 
 
@@ -393,7 +400,7 @@ def _calibration(model: Model) -> Iterator[Finding]:
         what = f"ranges of activations from {told.samples} samples of {told.source}, fewer than {FEW_SAMPLES}"
     if static and (told is None or told.source is None or told.samples < FEW_SAMPLES):
         names = tuple(map(label, static[:_SHOWN]))
-        yield Finding("calibration", what, names, len(static), 0, 0, f"{_QUANTIZE} --data SPEC -o INT8.onnx")
+        yield Finding("calibration", what, names, len(static), 0, 0, model.calibrated)
 
 
 # What is looked for.
@@ -416,9 +423,11 @@ def _finding(
 
 
 def _left(check: str, what: str, left: Left, remedy: str) -> Iterator[Finding]:
+    """A finding about what ONNX Runtime leaves as it stands; none where it leaves nothing."""
     if left.count:
         unknown = f" ({left.unsized} of unknown size are not counted)" if left.unsized else ""
-        yield Finding(check, what + unknown, left.nodes[:_SHOWN], left.count, 0, left.float_bytes, remedy)
+        said = f"{left.count} {what}, in ONNX Runtime on this CPU{unknown}"
+        yield Finding(check, said, left.nodes[:_SHOWN], left.readers, 0, left.float_bytes, remedy)
 
 
 def _bytes(found: Iterable[Stored]) -> int:

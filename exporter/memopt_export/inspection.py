@@ -62,8 +62,22 @@ def inspect(path: Path) -> Inspection:
     return INSPECTORS[kind](path)
 
 
+def look(path: Path, *, source: Path | None = None) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
+    """What costs bytes in an .onnx file and need not, and what could not be looked at, with the reason.
+
+    Args:
+        path: of the file, untrusted.
+        source: the float graph that it was quantized from, where that is known, for remedies.
+
+    Raises:
+        InputRefused: the file is refused by the pre-flight, or by ONNX.
+    """
+    model, unseen = _look(path, called=path, source=source)
+    return find(model), unseen
+
+
 def _inspect_graph(path: Path) -> Inspection:
-    model, unseen = look(path)
+    model, unseen = _look(path, called=path)
     graph, execution = model.graph, model.execution
     nodes = Counter(node.op_type for body in bodies(graph.model) for node in body.graph.node)
     facts = {
@@ -84,15 +98,10 @@ def _inspect_graph(path: Path) -> Inspection:
     )
 
 
-def look(path: Path, called: Path | None = None) -> tuple[Model, tuple[str, ...]]:
-    """What the checks look at in an .onnx file, and what of it could not be had.
+def _look(path: Path, *, called: Path, source: Path | None = None) -> tuple[Model, tuple[str, ...]]:
+    """What the checks look at in an .onnx file, untrusted, and what of it could not be had.
 
-    Args:
-        path: of the file, untrusted. ONNX Runtime opens it in a process of its own, with limits.
-        called: by which name remedies call it; None: its own.
-
-    Raises:
-        InputRefused: the file is refused by the pre-flight, or by ONNX.
+    ONNX Runtime opens it in a process of its own, with limits.
     """
     proto, size_bytes = preflight.keep_rules(path)
     stored = stored_in(proto, path.parent)
@@ -100,8 +109,9 @@ def look(path: Path, called: Path | None = None) -> tuple[Model, tuple[str, ...]
         execution, reason = look_apart(path, size_bytes)
     except (BackendError, OutOfResource) as error:
         execution, reason = None, error.problem
+    model = Model(read_graph(proto, path.parent), stored, execution, called)
     unseen = () if execution is not None else (f"what ONNX Runtime executes: {reason}",)
-    return Model(read_graph(proto, path.parent), stored, execution, called or path), unseen
+    return model if source is None else replace(model, source=source), unseen
 
 
 def _execution(execution: Execution) -> dict[str, str]:
@@ -218,7 +228,7 @@ def _find_in_variants(bundle: Bundle) -> tuple[tuple[Finding, ...], tuple[str, .
             if variant.weights is not None:
                 path.with_name(Path(variant.weights).name).write_bytes(bundle.entries[variant.weights])
             try:
-                model, why = look(path, Path(f"{variant.id}.onnx"))
+                model, why = _look(path, called=Path(f"{variant.id}.onnx"))
                 found += [replace(each, variant=variant.id) for each in find(model)]
             except MemoptError as error:
                 why = (error.problem,)
