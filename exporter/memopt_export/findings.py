@@ -32,8 +32,9 @@ _KINDS = {
 }  # fmt: skip
 # What costs less is not worth a line.
 LEAST_BYTES = 1024
-# A share of zeros that no training leaves behind by chance.
+# Shares of zeros that no training leaves behind by chance.
 LEAST_ZEROS = 0.3
+LEAST_CHANNELS = 0.05
 # Calibration on fewer samples gives ranges that the next sample may leave.
 FEW_SAMPLES = 32
 # Before this IR version every initializer had to be among the inputs, and is constant all the same.
@@ -305,7 +306,7 @@ def _notes(model: Model) -> Iterator[Finding]:
             texts = [part.doc_string, *(entry.value for entry in part.metadata_props)]
             own = len(part.doc_string.encode()) + sum(entry.ByteSize() for entry in part.metadata_props)
             size += own
-            places += [part.name] if own else []
+            places += [part.name or ", ".join(getattr(part, "output", ()))] if own else []
             traces += any(_STACK.search(text) is not None for text in texts)
     said = f"; {traces} of them name the source files of whoever exported it" if traces else ""
     if size:
@@ -334,15 +335,17 @@ def _fits_less(model: Model) -> Iterator[Finding]:
             _bytes(found) * (32 - bits) // 32,
         )
         remedy = model.command(f"quantize {{}} --precision {precision}", precision)
+        if 2 * _bytes(found) < _bytes(singles):
+            continue  # a few by chance, or a table
         yield from _finding(f"fits {bits} bits", what, found, saved, saved, remedy)
 
 
 def _zero_channels(model: Model) -> Iterator[Finding]:
     """Pruned, and not shrunk. What a layer reads from a channel that is zero is not counted."""
     sizes = {one.name: _bytes_of_zero_channels(one.values) for one in model.comparable}
-    found = [one for one in model.comparable if sizes[one.name]]
+    found = [one for one in model.comparable if sizes[one.name] >= LEAST_CHANNELS * one.size_bytes]
     what = "channels that are all zero, stored and computed all the same: at least this goes when they are taken out"
-    size = sum(sizes.values())
+    size = sum(sizes[one.name] for one in found)
     yield from _finding("zero channels", what, found, size, size, _PRUNE)
 
 

@@ -24,6 +24,7 @@ from memopt.strict_json import from_json, to_json
 from memopt_export import execution
 from memopt_export.bodies import bodies, node_label, subgraphs
 from memopt_export.execution import Execution
+from memopt_export.graph import free_negative_dims
 from memopt_export.tensor_rules import check_tensor, is_external, load, size_bytes
 
 if TYPE_CHECKING:
@@ -156,9 +157,10 @@ def _open(path: Path, *, look: bool = False) -> _Answer:
     weights_bytes = sum(size_bytes(tensor.data_type, tensor.dims) for tensor in model.graph.initializer)
     constants = frozenset(tensor.name for tensor in model.graph.initializer)
     _make_light(model, path.parent)
+    free_negative_dims(model)
     allowed_bytes = max(UNFOLDED_BYTES, UNFOLDED_PER_BYTE * weights_bytes)
     try:
-        onnx.checker.check_model(model)
+        _check(model)
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
         flat = onnx.inliner.inline_local_functions(model) if model.functions else model
         inferred = onnx.shape_inference.infer_shapes(flat)
@@ -174,6 +176,19 @@ def _open(path: Path, *, look: bool = False) -> _Answer:
     if taken_bytes > 2 * allowed_bytes + MEMORY_PER_BYTE * (path.stat().st_size + weights_bytes):
         raise InputRefused(f"took {show_size(taken_bytes)} to open, far more than it stores")
     return answer
+
+
+def _check(model: onnx.ModelProto) -> None:
+    """Has ONNX check the model, but not that its outputs have shapes, which many exporters do not know."""
+    import onnx
+
+    kinds = [value.type for value in model.graph.output if value.type.HasField("tensor_type")]
+    bare = [kind.tensor_type for kind in kinds if not kind.tensor_type.HasField("shape")]
+    for tensor in bare:
+        tensor.shape.SetInParent()
+    onnx.checker.check_model(model)
+    for tensor in bare:
+        tensor.ClearField("shape")
 
 
 def _just_open(path: Path) -> _Answer:

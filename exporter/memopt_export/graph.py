@@ -145,11 +145,20 @@ def read_graph(model: onnx.ModelProto, folder: Path) -> Graph:
     from memopt_export import preflight
 
     preflight.load_external(model, folder)
+    free_negative_dims(model)
     card = _read_card(model)
     weights, precision = card.weights or _digest_of_tensors(model), card.precision or _guess_precision(model)
     graph = Graph(model, weights, precision, from_card(card.quantization))
     _ = graph.inputs, graph.outputs  # refused here, when they are none that we know
     return graph
+
+
+def free_negative_dims(model: onnx.ModelProto) -> None:
+    """Makes -1, as Paddle and Keras write it, a dimension of which nothing is said, which is the same. In place."""
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
+            if dim.dim_value < 0:
+                dim.ClearField("dim_value")
 
 
 def run_graph(

@@ -21,7 +21,7 @@ from memopt_export.bodies import bodies
 from memopt_export.execution import Execution
 from memopt_export.findings import Finding, Model, bytes_by_dtype, bytes_by_place, find, stored_in
 from memopt_export.first_session import look_apart
-from memopt_export.graph import read_graph
+from memopt_export.graph import Graph, read_graph
 from memopt_export.ort_package import is_package, read_package
 from memopt_export.provenance import Provenance
 from memopt_export.tensorrt_engine import EngineHeader, read_header
@@ -84,7 +84,7 @@ def _inspect_graph(path: Path) -> Inspection:
         "precision": graph.precision,
         "opset": ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in graph.model.opset_import),
         "inputs": _specs(graph.inputs),
-        "outputs": _specs(graph.outputs),
+        "outputs": _outputs(graph),
         "nodes": _counts(nodes),
         "weights sha256": graph.weights_sha256,
         "stored in": ", ".join(f"{place} {show_size(size)}" for place, size in bytes_by_place(model.stored).items()),
@@ -315,6 +315,14 @@ INSPECTORS: dict[str, Callable[[Path], Inspection]] = {
     ".mopt": _inspect_bundle,
     "folder": _inspect_folder,
 }
+
+
+def _outputs(graph: Graph) -> str:
+    """The outputs, those of unknown rank too."""
+    known = {value.name for value in graph.model.graph.output if value.type.tensor_type.HasField("shape")}
+    return ", ".join(
+        f"{spec.name} {spec.dtype} {show_shape(spec.shape) if spec.name in known else '(?)'}" for spec in graph.outputs
+    )
 
 
 def _specs(specs: Sequence[TensorSpec]) -> str:

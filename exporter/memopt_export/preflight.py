@@ -177,6 +177,10 @@ def _check_ends(graph: onnx.GraphProto) -> None:
         number = value.type.tensor_type.elem_type
         if number and dtype_name(number) == "STRING":
             raise InputRefused(f"{value.name!r} holds strings; only numbers are supported")
+    initialized = {tensor.name for tensor in graph.initializer}
+    for value in graph.input:
+        if value.name not in initialized and not value.type.tensor_type.HasField("shape"):
+            raise InputRefused(f"input {value.name!r} has no shape, not even a number of dimensions")
 
 
 def _check_functions(model: onnx.ModelProto) -> None:
