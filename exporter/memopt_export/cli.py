@@ -62,6 +62,11 @@ _PRECISIONS = tuple(name for name in PRECISIONS if name != "fp32")
 _training_data = click.option("--data", default="digits", show_default=True, help=_DATA)
 
 
+_external_data = click.option(
+    "--external-data", is_flag=True, help="Weights beside, in OUT.onnx.data; always from 2 GiB on."
+)
+
+
 def _training(command: _Command) -> _Command:
     """The options of everything that trains."""
     for option in (
@@ -150,7 +155,7 @@ def _quantizing(command: _Command) -> _Command:
         click.option("--memory-limit", type=_Size(), metavar="SIZE", help="The process holds no more, such as 1GiB."),
         click.option("--recipe", type=click.Path(path_type=Path), help="TOML file that says all of the above."),
         click.option("--save-recipe", type=click.Path(path_type=Path), help="Write it, as it was used in the end."),
-        click.option("--external-data", is_flag=True, help="Weights beside, in OUT.onnx.data; always from 2 GiB on."),
+        _external_data,
         click.option(
             "--no-measure", "measure", is_flag=True, flag_value=False, default=True,
             help="Skip latency and memory, which take two processes and some seconds.",
@@ -288,6 +293,23 @@ def export(
         network=network, samples=samples, program=program, data_root=data_root, force=force,
     )  # fmt: skip
     console.show(saved, as_json=as_json)
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@_external_data
+@_output
+@_force
+@_json
+def simplify(model: Path, external_data: bool, output: Path, force: bool, as_json: bool) -> None:
+    """Store MODEL, an .onnx file, without what it does not need; it computes the same.
+
+    Notes of the exporter, repeated and unread weights, Constant and Identity nodes go; BatchNorms are folded into
+    convolutions; weights are stored raw, so that they can be mapped.
+    """
+    from memopt_export import commands, console
+
+    console.show(commands.simplify(model, output, external=external_data, force=force), as_json=as_json)
 
 
 @cli.command()
@@ -494,7 +516,11 @@ def run(
 @click.argument("path", type=click.Path(path_type=Path))
 @_json
 def inspect(path: Path, as_json: bool) -> None:
-    """Tell what PATH holds, without running it: .onnx, .engine, .safetensors, .mopt, or a folder that `pack` wrote."""
+    """Tell what PATH holds, without running it: .onnx, .engine, .safetensors, .mopt, or a folder that `pack` wrote.
+
+    Of graphs also what costs bytes and need not: what ONNX Runtime leaves unfused or unpacks, weights stored badly,
+    twice, or pruned to zeros; each with a remedy.
+    """
     from memopt_export import console, inspection
 
     console.show(inspection.inspect(path), as_json=as_json)

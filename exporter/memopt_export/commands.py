@@ -26,6 +26,7 @@ from memopt.tensors import Array, TensorSpec
 if TYPE_CHECKING:
     from memopt_export import pack as packing
     from memopt_export.budget import Sensitivity
+    from memopt_export.findings import Finding
     from memopt_export.from_torch import Parity
     from memopt_export.graph import Graph
     from memopt_export.judge import Verdict
@@ -112,10 +113,23 @@ class QuantizeRequest:
 
 
 @dataclass(frozen=True)
+class SavedSimple:
+    """A simplified graph on disk, and what it was before."""
+
+    path: str
+    sha256: str
+    nodes: int
+    size_bytes: int
+    source_nodes: int
+    source_bytes: int
+
+
+@dataclass(frozen=True)
 class SavedQuantized:
     """A quantized graph on disk, held against the float one on samples that did not calibrate it.
 
     `recipe` is what made it: the layers that a budget kept in float are excluded in it. `holds` is None without one.
+    `findings` are what costs bytes in it and need not; `unseen` says what could not be looked at.
     """
 
     path: str
@@ -130,6 +144,8 @@ class SavedQuantized:
     holds: bool | None = None
     reached: str | None = None
     recipe_path: str | None = None
+    findings: tuple[Finding, ...] = ()
+    unseen: tuple[str, ...] = ()
 
     def refusal(self, *, strict: bool) -> str | None:
         """Why the answer is no; None where it is yes. Flags count where one is strict."""
@@ -319,12 +335,29 @@ def export(
     )  # fmt: skip
 
 
+def simplify(model: Path, output: Path, *, external: bool = False, force: bool = False) -> SavedSimple:
+    """The same function in a file without what it does not need."""
+    from memopt_export import simplify as simplifying
+    from memopt_export.graph import load_graph, save_graph
+
+    refuse_to_overwrite(output, force=force)
+    _refuse_own_input(output, [model])
+    graph = load_graph(model)
+    before = sum(file.stat().st_size for file in (model, model.with_name(model.name + ".data")) if file.is_file())
+    done = simplifying.simplify(graph)
+    save_graph(done, output, force=force, external=external)
+    size = sum(file.stat().st_size for file in (output, output.with_name(output.name + ".data")) if file.is_file())
+    return SavedSimple(
+        str(output), sha256_file(output), len(done.model.graph.node), size, len(graph.model.graph.node), before
+    )
+
+
 def quantize(
     model: Path, output: Path, request: QuantizeRequest, *,
     on_step: Callable[[Step], None] | None = None, say: Callable[[str], None] | None = None,
 ) -> SavedQuantized:  # fmt: skip
     """A quantized graph, and the verdict on it on validation samples; `say` is told what memory it will need."""
-    from memopt_export import judge
+    from memopt_export import inspection, judge
     from memopt_export.graph import load_graph, save_graph
     from memopt_export.means import Means
     from memopt_export.recipe import save_recipe
@@ -360,6 +393,7 @@ def quantize(
     save_graph(done, output, force=request.force, external=request.external_data)
     if request.save_recipe is not None:
         save_recipe(saved, request.save_recipe, force=request.force)
+    findings, unseen = inspection.look(output, source=model)
     return SavedQuantized(
         path=str(output),
         precision=done.precision,
@@ -373,6 +407,8 @@ def quantize(
         holds=made.holds,
         reached=made.reached,
         recipe_path=str(request.save_recipe) if request.save_recipe else None,
+        findings=findings,
+        unseen=unseen,
     )
 
 
@@ -413,8 +449,8 @@ def plan(
         UsageError: no input has a free dimension of that name, or a file exists and `force` is not given.
     """
     from memopt_export import plan as planning
-    from memopt_export.executed import as_executed
     from memopt_export.graph import load_graph, save_graph
+    from memopt_export.hollow import as_executed
     from memopt_export.order import reorder
     from memopt_export.plan_svg import draw
 

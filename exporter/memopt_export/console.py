@@ -23,6 +23,7 @@ from memopt_export.commands import (
     SavedGraph,
     SavedKey,
     SavedQuantized,
+    SavedSimple,
     Verification,
 )
 from memopt_export.inspection import Inspection
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from memopt_export.budget import Sensitivity
+    from memopt_export.findings import Finding
     from memopt_export.judge import Verdict
     from memopt_export.means import Step
     from memopt_export.pipeline import Result
@@ -243,6 +245,16 @@ def _draw_graph(console: Console, saved: SavedGraph) -> None:
     _next(console, f"memopt-export quantize {saved.path} --data digits -o {_with(saved.path, '-int8.onnx')}")
 
 
+def _draw_simple(console: Console, saved: SavedSimple) -> None:
+    facts = {
+        "saved": f"{saved.path} ({show_size(saved.size_bytes)}, before {show_size(saved.source_bytes)})",
+        "nodes": f"{saved.nodes}, before {saved.source_nodes}",
+        "sha256": saved.sha256,
+    }
+    _facts(console, facts)
+    _next(console, f"memopt-export inspect {saved.path}")
+
+
 def _draw_quantized(console: Console, saved: SavedQuantized) -> None:
     verdict = saved.verdict
     facts = {
@@ -264,6 +276,7 @@ def _draw_quantized(console: Console, saved: SavedQuantized) -> None:
         _say(console, f"not known: {reason}")
     for flag in verdict.flags:
         _say(console, f"flagged: {flag}", style="bold")
+    _draw_findings(console, saved.findings, saved.unseen)
     if saved.recipe.data is not None:
         _next(console, f"memopt-export compare {saved.path} --data {saved.recipe.data}")
 
@@ -420,6 +433,33 @@ def _draw_inspection(console: Console, inspection: Inspection) -> None:
         columns = {name: "left" if i < 3 else "right" for i, name in enumerate(inspection.parts[0])}
         rows = [[_cell(name, value) for name, value in part.items()] for part in inspection.parts]
         _table(console, {name.replace("_bytes", "").replace("_", " "): j for name, j in columns.items()}, rows)
+    if inspection.findings is not None:
+        _draw_findings(console, inspection.findings, inspection.unseen)
+
+
+def _draw_findings(console: Console, findings: Sequence[Finding], unseen: Sequence[str]) -> None:
+    """What each costs, what it is and where, what to type."""
+    for finding in findings:
+        where = f": {', '.join(finding.where)}" if finding.where else ""
+        more = f" and {finding.count - len(finding.where)} more" if finding.count > len(finding.where) else ""
+        of = f"{finding.variant}: " if finding.variant is not None else ""
+        _say(console, f"found {_cost(finding)}: {of}{finding.what}{where}{more}")
+        _say(console, f"  remedy: {finding.remedy}", style="dim")
+    for reason in unseen:
+        _say(console, f"not looked at: {reason}")
+    if not findings:
+        _say(console, "found nothing that costs bytes and need not")
+
+
+def _cost(finding: Finding) -> str:
+    if finding.costs_nothing:
+        return "at no cost in bytes"
+    costs = []
+    if finding.file_bytes:
+        costs.append(f"file {show_size(finding.file_bytes)}")
+    if finding.memory_bytes != 0:
+        costs.append(f"memory {show_size(finding.memory_bytes)}")
+    return ", ".join(costs)
 
 
 def _draw_verification(console: Console, verification: Verification) -> None:
@@ -509,6 +549,7 @@ _DRAW: dict[str, Callable[[Console, Any], None]] = {
     "SavedCheckpoint": _draw_checkpoint,
     "SavedGraph": _draw_graph,
     "SavedQuantized": _draw_quantized,
+    "SavedSimple": _draw_simple,
     "SavedEngine": _draw_engine,
     "Plans": _draw_plans,
     "Report": _draw_report,

@@ -11,22 +11,27 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from memopt.errors import BackendError, InputRefused, MemoptError, OutOfResource, first_line, printable
 from memopt.memory import read_host_memory
 from memopt.ort_runtime import library_errors
 from memopt.sizes import show_size
 from memopt.strict_json import from_json, to_json
+from memopt_export import execution
 from memopt_export.bodies import bodies, node_label, subgraphs
+from memopt_export.execution import Execution
+from memopt_export.graph import free_negative_dims
 from memopt_export.tensor_rules import check_tensor, is_external, load, size_bytes
 
 if TYPE_CHECKING:
     import onnx
+    import onnxruntime
 
+T = TypeVar("T")
 TIMEOUT_S = 60.0
 MEMORY_BYTES = 4 * 2**30  # address space, beside MEMORY_PER_BYTE for each byte of the model
 MEMORY_PER_BYTE = 6
@@ -53,14 +58,17 @@ class _Request:
     path: str
     memory_bytes: int
     cpu_s: int
+    look: bool = False
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the other process found: nothing, or an error of ours."""
+    """What the other process found: an error of ours, or nothing, and where it had to look, what is executed."""
 
     error: str | None = None  # a key of _KINDS
     problem: str = ""
+    execution: Execution | None = None
+    reason: str = ""  # why that is None
 
 
 def open_apart(path: Path, size_bytes: int, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -76,7 +84,25 @@ def open_apart(path: Path, size_bytes: int, *, timeout_s: float = TIMEOUT_S) -> 
         OutOfResource: time or memory ran out.
         BackendError: ONNX or ONNX Runtime crashed.
     """
-    request = _Request(str(path.absolute()), MEMORY_BYTES + MEMORY_PER_BYTE * size_bytes, math.ceil(timeout_s))
+    _ask(path, size_bytes, timeout_s)
+
+
+def look_apart(path: Path, size_bytes: int, *, timeout_s: float = TIMEOUT_S) -> tuple[Execution | None, str]:
+    """Checks and opens the model as `open_apart` does, and tells what ONNX Runtime executes of it.
+
+    What ONNX Runtime cannot open is not refused here: the second value is the reason, and the first one None.
+
+    Raises:
+        InputRefused: ONNX refuses the model, or it unfolds to far more than it stores.
+        OutOfResource, BackendError: as by `open_apart`.
+    """
+    answer = _ask(path, size_bytes, timeout_s, look=True)
+    return answer.execution, printable(answer.reason)
+
+
+def _ask(path: Path, size_bytes: int, timeout_s: float, *, look: bool = False) -> _Answer:
+    memory_bytes = MEMORY_BYTES + MEMORY_PER_BYTE * size_bytes
+    request = _Request(str(path.absolute()), memory_bytes, math.ceil(timeout_s), look)
     try:
         done = subprocess.run(
             _COMMAND, input=to_json(request).encode(), capture_output=True, timeout=timeout_s, check=False
@@ -88,6 +114,7 @@ def open_apart(path: Path, size_bytes: int, *, timeout_s: float = TIMEOUT_S) -> 
     answer = from_json(_Answer, done.stdout, where="the first session's answer")
     if answer.error is not None:
         raise _KINDS[answer.error](printable(f"{path} {answer.problem}"))
+    return answer
 
 
 def _crash(path: Path, code: int, stderr: str) -> MemoptError:
@@ -107,8 +134,7 @@ def _answer_request() -> None:
     _limit(resource.RLIMIT_CPU, request.cpu_s)
     _limit(resource.RLIMIT_CORE, 0)
     try:
-        _open(Path(request.path))
-        answer = _Answer()
+        answer = _open(Path(request.path), look=request.look)
     except InputRefused as error:
         answer = _Answer("InputRefused", str(error))
     except MemoryError:
@@ -122,17 +148,19 @@ def _limit(what: int, value: int) -> None:
     resource.setrlimit(what, (soft, hard))
 
 
-def _open(path: Path) -> None:
+def _open(path: Path, *, look: bool = False) -> _Answer:
     import onnx
     import onnx.inliner
 
     model = onnx.ModelProto.FromString(path.read_bytes())
+    layers = execution.count_layers(model) if look else 0
     weights_bytes = sum(size_bytes(tensor.data_type, tensor.dims) for tensor in model.graph.initializer)
     constants = frozenset(tensor.name for tensor in model.graph.initializer)
     _make_light(model, path.parent)
+    free_negative_dims(model)
     allowed_bytes = max(UNFOLDED_BYTES, UNFOLDED_PER_BYTE * weights_bytes)
     try:
-        onnx.checker.check_model(model)
+        _check(model)
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
         flat = onnx.inliner.inline_local_functions(model) if model.functions else model
         inferred = onnx.shape_inference.infer_shapes(flat)
@@ -143,10 +171,49 @@ def _open(path: Path) -> None:
         raise InputRefused(f"is not a valid ONNX model: {first_line(error)}") from error
     _Unfolding(allowed_bytes, complete=True).add(inferred.graph, constants)
     before = read_host_memory()
-    _open_session(path)
+    answer = _look(path, layers, inferred.graph) if look else _just_open(path)
     taken_bytes = (read_host_memory().peak_bytes or 0) - (before.peak_bytes or 0)
     if taken_bytes > 2 * allowed_bytes + MEMORY_PER_BYTE * (path.stat().st_size + weights_bytes):
         raise InputRefused(f"took {show_size(taken_bytes)} to open, far more than it stores")
+    return answer
+
+
+def _check(model: onnx.ModelProto) -> None:
+    """Has ONNX check the model, but not that its outputs have shapes, which many exporters do not know."""
+    import onnx
+
+    kinds = [value.type for value in model.graph.output if value.type.HasField("tensor_type")]
+    bare = [kind.tensor_type for kind in kinds if not kind.tensor_type.HasField("shape")]
+    for tensor in bare:
+        tensor.shape.SetInParent()
+    onnx.checker.check_model(model)
+    for tensor in bare:
+        tensor.ClearField("shape")
+
+
+def _just_open(path: Path) -> _Answer:
+    """Refuses what `run_graph` could not open; an operator without a kernel on this CPU may have one elsewhere."""
+    import onnxruntime
+
+    def start(options: onnxruntime.SessionOptions) -> None:
+        options.log_severity_level = 3  # errors are raised
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    _start_session(start, onnxruntime.SessionOptions)
+    return _Answer()
+
+
+def _look(path: Path, layers: int, inferred: onnx.GraphProto) -> _Answer:
+    """What is executed, or the reason why nothing is."""
+    try:
+        found = _start_session(lambda options: execution.executed(str(path), options), execution.options)
+    except InputRefused as error:
+        return _Answer(reason=error.problem)
+    if isinstance(found, str):
+        return _Answer(reason=found)
+    values = (*inferred.input, *inferred.value_info, *inferred.output)
+    sizes = {value.name: size for value in values if (size := _bytes(value))}
+    return _Answer(execution=execution.read(*found, layers=layers, sizes=sizes))
 
 
 def _make_light(model: onnx.ModelProto, folder: Path) -> None:
@@ -237,8 +304,10 @@ def _is_known(value: onnx.ValueInfoProto) -> bool:
     return tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim)
 
 
-def _open_session(path: Path) -> None:
-    """Opens the model as `run_graph` will; an operator without a kernel on this CPU may have one elsewhere.
+def _start_session(
+    start: Callable[[onnxruntime.SessionOptions], T], options_of: Callable[[], onnxruntime.SessionOptions]
+) -> T | str:
+    """What `start` makes with the options, or the library's words where an operator has no kernel on this CPU.
 
     Where the optimizer fails on a type that it does not know, as on floats of 8 bits, the model as it stands is opened.
     """
@@ -247,21 +316,20 @@ def _open_session(path: Path) -> None:
 
     levels = onnxruntime.GraphOptimizationLevel
     for level in (levels.ORT_ENABLE_ALL, levels.ORT_DISABLE_ALL):
-        options = onnxruntime.SessionOptions()
+        options = options_of()
         options.graph_optimization_level = level
-        options.log_severity_level = 3  # errors are raised
         options.intra_op_num_threads = 1
         try:
-            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            return
-        except NoKernel:
-            return
+            return start(options)
+        except NoKernel as error:
+            return f"cannot be opened by onnxruntime on this CPU: {first_line(error)}"
         except library_errors() as error:
             text = first_line(error)
             if "alloc" in text.lower():
                 raise MemoryError(text) from error
             if level == levels.ORT_DISABLE_ALL or "/optimizer/" not in text:
                 raise InputRefused(f"cannot be opened by onnxruntime: {text}") from error
+    raise AssertionError("the last level returns or raises")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from memopt.strict_json import from_json
 from memopt.tensors import DTYPE_BITS, Array, TensorSpec, nbytes
 from memopt_export.bodies import bodies, captured, inner_nodes
 from memopt_export.provenance import Provenance, from_card, to_card
+from memopt_export.tensor_rules import plain_name
 
 if TYPE_CHECKING:
     import onnx
@@ -116,7 +117,7 @@ class Graph:
         sizes: dict[str, int] = {}
         for body in bodies(self.model):
             for _, tensor in body.tensors():
-                dtype = dtype_of(tensor.data_type)
+                dtype = plain_name(tensor.data_type)
                 size = nbytes(dtype, math.prod(tensor.dims)) if dtype in DTYPE_BITS else tensor.ByteSize()  # strings
                 sizes[dtype] = sizes.get(dtype, 0) + size
         return dict(sorted(sizes.items(), key=lambda each: -each[1]))
@@ -136,13 +137,28 @@ def load_graph(path: Path, *, checked: bool = False) -> Graph:
     """
     from memopt_export import preflight
 
-    model = preflight.parse(path) if checked else preflight.check(path)
-    preflight.load_external(model, path.parent)
+    return read_graph(preflight.parse(path) if checked else preflight.check(path), path.parent)
+
+
+def read_graph(model: onnx.ModelProto, folder: Path) -> Graph:
+    """The graph of a model that has been found sound, whose external data lies in `folder`; see `load_graph`."""
+    from memopt_export import preflight
+
+    preflight.load_external(model, folder)
+    free_negative_dims(model)
     card = _read_card(model)
     weights, precision = card.weights or _digest_of_tensors(model), card.precision or _guess_precision(model)
     graph = Graph(model, weights, precision, from_card(card.quantization))
     _ = graph.inputs, graph.outputs  # refused here, when they are none that we know
     return graph
+
+
+def free_negative_dims(model: onnx.ModelProto) -> None:
+    """Makes -1, as Paddle and Keras write it, a dimension of which nothing is said, which is the same. In place."""
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
+            if dim.dim_value < 0:
+                dim.ClearField("dim_value")
 
 
 def run_graph(
@@ -378,22 +394,7 @@ def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
     shape = tuple(
         dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or FREE_DIMENSION) for dim in tensor.shape.dim
     )
-    return TensorSpec(value.name, dtype_of(tensor.elem_type), shape)
-
-
-_ONNX_NAMES = {"float": "float32", "double": "float64"}
-
-
-def dtype_of(number: int) -> str:
-    """Numpy's name of ONNX's dtype, or ONNX's own where numpy has none.
-
-    >>> dtype_of(1), dtype_of(22)
-    ('float32', 'int4')
-    """
-    from onnx import helper
-
-    name = helper.tensor_dtype_to_string(number).removeprefix("TensorProto.").lower()
-    return _ONNX_NAMES.get(name, name)
+    return TensorSpec(value.name, plain_name(tensor.elem_type), shape)
 
 
 @dataclass(frozen=True)

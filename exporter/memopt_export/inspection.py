@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from memopt.artifact import map_file, open_artifact
-from memopt.bundle import is_bundle_folder, open_bundle
-from memopt.errors import InputRefused
+from memopt.bundle import Bundle, is_bundle_folder, open_bundle
+from memopt.errors import BackendError, InputRefused, MemoptError, OutOfResource
 from memopt.manifest import Variant
 from memopt.sizes import show_size
 from memopt.strict_json import from_plain
 from memopt.tensors import TensorSpec, show_shape
-from memopt_export.graph import load_graph
+from memopt_export import preflight
+from memopt_export.bodies import bodies
+from memopt_export.execution import Execution
+from memopt_export.findings import Finding, Model, bytes_by_dtype, bytes_by_place, find, stored_in
+from memopt_export.first_session import look_apart
+from memopt_export.graph import Graph, read_graph
 from memopt_export.ort_package import is_package, read_package
 from memopt_export.provenance import Provenance
 from memopt_export.tensorrt_engine import EngineHeader, read_header
@@ -25,7 +31,14 @@ from memopt_models.checkpoint import read_metadata
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a file holds, told without running it."""
+    """What a file holds, told without running it.
+
+    Attributes:
+        bytes_by_dtype: of all that a graph stores, wherever in it.
+        parts: of a bundle, a folder.
+        findings: what costs bytes and need not, the most expensive first; None: this kind of file is not looked at.
+        unseen: what could not be looked at, with the reason.
+    """
 
     path: str
     kind: str
@@ -33,6 +46,8 @@ class Inspection:
     facts: dict[str, str]
     bytes_by_dtype: dict[str, int] = field(default_factory=dict)
     parts: tuple[dict[str, Any], ...] = ()
+    findings: tuple[Finding, ...] | None = None
+    unseen: tuple[str, ...] = ()
 
 
 def inspect(path: Path) -> Inspection:
@@ -47,18 +62,71 @@ def inspect(path: Path) -> Inspection:
     return INSPECTORS[kind](path)
 
 
+def look(path: Path, *, source: Path | None = None) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
+    """What costs bytes in an .onnx file and need not, and what could not be looked at, with the reason.
+
+    Args:
+        path: of the file, untrusted.
+        source: the float graph that it was quantized from, where that is known, for remedies.
+
+    Raises:
+        InputRefused: the file is refused by the pre-flight, or by ONNX.
+    """
+    model, unseen = _look(path, called=path, source=source)
+    return find(model), unseen
+
+
 def _inspect_graph(path: Path) -> Inspection:
-    graph = load_graph(path)
-    nodes = Counter(node.op_type for node in graph.model.graph.node)
+    model, unseen = _look(path, called=path)
+    graph, execution = model.graph, model.execution
+    nodes = Counter(node.op_type for body in bodies(graph.model) for node in body.graph.node)
     facts = {
         "precision": graph.precision,
         "opset": ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in graph.model.opset_import),
         "inputs": _specs(graph.inputs),
-        "outputs": _specs(graph.outputs),
-        "nodes": f"{sum(nodes.values())}: " + ", ".join(f"{count} {name}" for name, count in nodes.most_common()),
+        "outputs": _outputs(graph),
+        "nodes": _counts(nodes),
         "weights sha256": graph.weights_sha256,
-    } | ({} if graph.quantization is None else _quantization(graph.quantization))
-    return Inspection(str(path), "ONNX graph", path.stat().st_size, facts, graph.weights_bytes())
+        "stored in": ", ".join(f"{place} {show_size(size)}" for place, size in bytes_by_place(model.stored).items()),
+    }
+    facts |= {} if execution is None else _execution(execution)
+    facts |= {} if graph.quantization is None else _quantization(graph.quantization)
+    files = {one.place.file for one in model.stored if one.place is not None}
+    size = path.stat().st_size + sum(file.stat().st_size for file in files)
+    return Inspection(
+        str(path), "ONNX graph", size, facts, bytes_by_dtype(model.stored), findings=find(model), unseen=unseen
+    )
+
+
+def _look(path: Path, *, called: Path, source: Path | None = None) -> tuple[Model, tuple[str, ...]]:
+    """What the checks look at in an .onnx file, untrusted, and what of it could not be had.
+
+    ONNX Runtime opens it in a process of its own, with limits.
+    """
+    proto, size_bytes = preflight.keep_rules(path)
+    stored = stored_in(proto, path.parent)
+    try:
+        execution, reason = look_apart(path, size_bytes)
+    except (BackendError, OutOfResource) as error:
+        execution, reason = None, error.problem
+    model = Model(read_graph(proto, path.parent), stored, execution, called)
+    unseen = () if execution is not None else (f"what ONNX Runtime executes: {reason}",)
+    return model if source is None else replace(model, source=source), unseen
+
+
+def _execution(execution: Execution) -> dict[str, str]:
+    fused, layers = execution.fused
+    facts = {
+        "executed": _counts(execution.operators),
+        "providers": ", ".join(f"{count} nodes on {name}" for name, count in execution.providers.items()),
+        "held": ", ".join(f"{dtype} {show_size(size)}" for dtype, size in execution.held_bytes.items()),
+    }
+    return facts | ({"fused": f"{fused} of {layers} layers in integers, by ONNX Runtime on this CPU"} if fused else {})
+
+
+def _counts(nodes: Mapping[str, int]) -> str:
+    ordered = sorted(nodes.items(), key=lambda item: -item[1])
+    return f"{sum(nodes.values())}: " + ", ".join(f"{count} {name}" for name, count in ordered)
 
 
 def _inspect_engine(path: Path) -> Inspection:
@@ -143,7 +211,29 @@ def _inspect_bundle(path: Path) -> Inspection:
         for variant in manifest.variants
     )
     size = path.stat().st_size if path.is_file() else _folder_bytes(path)
-    return Inspection(str(path), "memopt bundle", size, facts, parts=parts)
+    findings, unseen = _find_in_variants(bundle)
+    return Inspection(str(path), "memopt bundle", size, facts, parts=parts, findings=findings, unseen=unseen)
+
+
+def _find_in_variants(bundle: Bundle) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
+    """What the checks find in each variant that is a graph, and which of them could not be looked at."""
+    found: list[Finding] = []
+    unseen: list[str] = []
+    for variant in bundle.manifest.variants:
+        if not variant.is_portable:
+            continue  # what was made of another variant, for one machine
+        with tempfile.TemporaryDirectory(prefix="memopt-inspect-") as name:
+            path = Path(name) / "graph.onnx"
+            path.write_bytes(bundle.entries[variant.model])
+            if variant.weights is not None:
+                path.with_name(Path(variant.weights).name).write_bytes(bundle.entries[variant.weights])
+            try:
+                model, why = _look(path, called=Path(f"{variant.id}.onnx"))
+                found += [replace(each, variant=variant.id) for each in find(model)]
+            except MemoptError as error:
+                why = (error.problem,)
+        unseen += [f"{variant.id}: {each.replace(str(path), 'the graph')}" for each in why]
+    return tuple(sorted(found, key=lambda each: -each.cost_bytes)), tuple(unseen)
 
 
 def _quantization(told: Provenance) -> dict[str, str]:
@@ -225,6 +315,14 @@ INSPECTORS: dict[str, Callable[[Path], Inspection]] = {
     ".mopt": _inspect_bundle,
     "folder": _inspect_folder,
 }
+
+
+def _outputs(graph: Graph) -> str:
+    """The outputs, those of unknown rank too."""
+    known = {value.name for value in graph.model.graph.output if value.type.tensor_type.HasField("shape")}
+    return ", ".join(
+        f"{spec.name} {spec.dtype} {show_shape(spec.shape) if spec.name in known else '(?)'}" for spec in graph.outputs
+    )
 
 
 def _specs(specs: Sequence[TensorSpec]) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memopt_export.executed import Executed, as_executed, as_written
 from memopt_export.graph import Graph
+from memopt_export.hollow import Executed, as_executed, as_written
 from memopt_export.kernels import VIEWS, Call, overwritten, scratch_bytes
 from memopt_export.plan import node_reads, plan
 from memopt_export.twins import infer, specs

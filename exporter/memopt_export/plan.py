@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from memopt.errors import InputRefused
 from memopt.tensors import TensorSpec
 from memopt_export.bodies import captured, node_label, subgraphs
-from memopt_export.executed import Executed, as_executed, as_written
 from memopt_export.graph import Graph
+from memopt_export.hollow import Executed, as_executed, as_written
 from memopt_export.kernels import VIEWS, Call, overwritten, scratch_bytes
 from memopt_export.tensor_rules import size_bytes
 from memopt_export.twins import infer, specs

@@ -64,13 +64,23 @@ def check(path: Path, *, timeout_s: float = TIMEOUT_S) -> onnx.ModelProto:
         OutOfResource: the first session ran out of time or memory.
         BackendError: the first session crashed.
     """
+    model, size_bytes = keep_rules(path)
+    open_apart(path, size_bytes, timeout_s=timeout_s)
+    return model
+
+
+def keep_rules(path: Path) -> tuple[onnx.ModelProto, int]:
+    """The model in a foreign file by all our own rules, and its bytes, external data included; no library saw it yet.
+
+    Raises:
+        InputRefused: anything that is wrong with the file, in one line that names it.
+    """
     model = parse(path)
     try:
         places = _check_model(model, path.parent)
     except InputRefused as error:
         raise InputRefused(printable(f"{path} is refused: {error.problem}"), hint=error.hint) from error
-    open_apart(path, path.stat().st_size + sum(place.size_bytes for place in places), timeout_s=timeout_s)
-    return model
+    return model, path.stat().st_size + sum(place.size_bytes for place in places)
 
 
 def parse(path: Path) -> onnx.ModelProto:
@@ -167,6 +177,10 @@ def _check_ends(graph: onnx.GraphProto) -> None:
         number = value.type.tensor_type.elem_type
         if number and dtype_name(number) == "STRING":
             raise InputRefused(f"{value.name!r} holds strings; only numbers are supported")
+    initialized = {tensor.name for tensor in graph.initializer}
+    for value in graph.input:
+        if value.name not in initialized and not value.type.tensor_type.HasField("shape"):
+            raise InputRefused(f"input {value.name!r} has no shape, not even a number of dimensions")
 
 
 def _check_functions(model: onnx.ModelProto) -> None:

@@ -1,11 +1,9 @@
-"""QuantizeLinear and DequantizeLinear nodes: put into a graph where a placement says, counted where they were fused."""
+"""QuantizeLinear and DequantizeLinear nodes: put into a graph where a placement says."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,17 +22,11 @@ from memopt_export.affine import (
 )
 from memopt_export.calibrate import Ranges
 from memopt_export.graph import Graph, Wiring, attribute, wire
-from memopt_export.placement import Layer, Placement, has_weight
+from memopt_export.placement import Layer, Placement
 from memopt_export.simplify import drop_unused_initializers, merge_equal_initializers
 
 if TYPE_CHECKING:
     import onnx
-
-# What ONNX Runtime calls a layer that it computes in integers.
-FUSED = frozenset({
-    "QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul", "DynamicQuantizeLSTM",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -128,32 +120,6 @@ def input_affine(layer: Layer, wiring: Wiring, placement: Placement, ranges: Ran
     """How the layer's input is quantized."""
     origin = placement.ranges_of[wiring.nodes[layer.index].input[0]]
     return FORMATS[placement.form].activations(*ranges.bounds[origin])
-
-
-def fused_counts(data: bytes) -> tuple[int, int]:
-    """How many layers of a serialized model ONNX Runtime computes in integers on the CPU, and how many it has.
-
-    A layer is a Conv, Gemm or MatMul with a constant weight. Read from the model that ONNX Runtime writes after its
-    own optimizations.
-    """
-    import onnx
-
-    wiring = wire(onnx.load_from_string(data))
-    total = sum(has_weight(node, wiring) and node.op_type != "ConvTranspose" for node in wiring.nodes)
-    return sum(node.op_type in FUSED for node in _optimized(data).graph.node), total
-
-
-def _optimized(data: bytes) -> onnx.ModelProto:
-    import onnx
-    import onnxruntime as ort
-
-    with tempfile.TemporaryDirectory(prefix="memopt-") as folder:
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        options.log_severity_level = 3
-        ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        return onnx.load(options.optimized_model_filepath)
 
 
 @dataclass(frozen=True, eq=False)

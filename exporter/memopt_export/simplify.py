@@ -78,7 +78,8 @@ def _inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _strip_notes(model: onnx.ModelProto) -> None:
-    """Case 1. Initializers listed among the inputs, as before IR 4, are constants from here on."""
+    """Case 1. Initializers listed among the inputs, as before IR version 4, are constants from here on."""
+    model.ir_version = max(model.ir_version, 4)
     del model.metadata_props[:]
     model.ClearField("doc_string")
     _strip_graph(model.graph)

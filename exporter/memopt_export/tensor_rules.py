@@ -35,6 +35,7 @@ _STORED = {
     **dict.fromkeys(("INT4", "UINT4", "FLOAT4E2M1"), (4, "int32_data")),
     **dict.fromkeys(("INT2", "UINT2"), (2, "int32_data")),
 }  # fmt: skip
+_PLAIN_NAMES = {"float": "float32", "double": "float64"}
 _FIELDS = ("raw_data", *sorted({name for _, name in _STORED.values()}))
 _FLOATS: dict[str, np.dtype[Any]] = {
     "FLOAT": np.dtype("<f4"),
@@ -76,6 +77,16 @@ def dtype_name(number: int) -> str:
     if name not in _STORED:
         raise InputRefused(f"dtype {name or number} is not known", hint="one of " + ", ".join(_STORED))
     return name
+
+
+def plain_name(number: int) -> str:
+    """The name of ONNX's dtype number that memopt uses everywhere.
+
+    >>> plain_name(1), plain_name(3)
+    ('float32', 'int8')
+    """
+    name = dtype_name(number).lower()
+    return _PLAIN_NAMES.get(name, name)
 
 
 def size_bytes(data_type: int, dims: Iterable[int]) -> int:

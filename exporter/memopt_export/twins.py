@@ -76,7 +76,10 @@ def infer(model: onnx.ModelProto, *, batch: int | None, dims: Mapping[str, int] 
 def specs(graph: onnx.GraphProto) -> dict[str, TensorSpec]:
     """The tensors of an inferred graph whose rank is known, by name, inputs and initializers included."""
     values = [*graph.input, *graph.value_info, *graph.output]
-    known = {value.name: tensor_spec(value) for value in values if value.type.tensor_type.HasField("shape")}
+    ranked = (
+        value for value in values if value.type.tensor_type.HasField("shape") and value.type.tensor_type.elem_type
+    )
+    known = {value.name: tensor_spec(value) for value in ranked}
     return known | {tensor.name: tensor_spec(_described(tensor)) for tensor in graph.initializer}
 
 

@@ -164,7 +164,10 @@ def _source(options: onnxruntime.SessionOptions, artifact: Artifact) -> Iterator
 
 def _spec(value: Any) -> TensorSpec:
     dtype = _DTYPES.get(value.type, value.type.removeprefix("tensor(").removesuffix(")"))
-    shape = tuple(dim if isinstance(dim, int) else (dim or "batch") for dim in value.shape)
+    sizes = (
+        None if isinstance(dim, int) and dim < 0 else dim for dim in value.shape
+    )  # -1, as Paddle writes it, is free
+    shape = tuple(dim if isinstance(dim, int) else (dim or "batch") for dim in sizes)
     return TensorSpec(value.name, dtype, shape)
 
 

@@ -19,8 +19,8 @@ import numpy as np
 from exported import exported
 from marks import Mark, report
 
-from memopt_export.executed import as_executed
 from memopt_export.graph import Graph, load_graph, save_graph
+from memopt_export.hollow import as_executed
 from memopt_export.order import reorder
 from memopt_export.plan import Plan, plan
 

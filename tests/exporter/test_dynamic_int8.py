@@ -6,7 +6,7 @@ import pytest
 
 from memopt.accuracy import sqnr_db
 from memopt.errors import AnswerIsNo, UsageError
-from memopt_export.qdq import fused_counts
+from memopt_export.execution import fused_counts
 from memopt_export.quantize import quantize
 from memopt_export.recipe import Recipe, parse
 

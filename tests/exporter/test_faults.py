@@ -28,9 +28,9 @@ from memopt.files import write_atomically, write_folder
 from memopt.manifest import EngineInfo, Profile
 from memopt.tensors import Array
 from memopt_export import cli
-from memopt_export.executed import as_written
 from memopt_export.formats import FORMATS, write
 from memopt_export.graph import Graph, save_graph
+from memopt_export.hollow import as_written
 from memopt_export.pack import Contents, pack
 from memopt_export.signing import generate, load_key, save_key
 from memopt_export.specialize import specialize

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from traced import Run
 
-from memopt_export.executed import as_written
 from memopt_export.graph import Graph
+from memopt_export.hollow import as_written
 from memopt_export.plan import plan
 
 onnx = pytest.importorskip("onnx")

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traced import Run
 
-from memopt_export.executed import Executed, as_executed, as_written
 from memopt_export.graph import Graph, run_graph, save_graph
+from memopt_export.hollow import Executed, as_executed, as_written
 from memopt_export.order import least_peak, reorder
 from memopt_export.plan import plan
 

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from traced import Run
 
 from memopt.errors import InputRefused
-from memopt_export.executed import as_executed, as_written
 from memopt_export.graph import Graph, save_graph
+from memopt_export.hollow import as_executed, as_written
 from memopt_export.plan import largest_batch, plan
 from memopt_export.quantize import quantize
 from memopt_export.recipe import parse

@@ -11,10 +11,10 @@ from memopt.errors import AnswerIsNo
 from memopt.sizes import show_size
 from memopt.tensors import Array
 from memopt_export.affine import SMALLEST_SCALE
+from memopt_export.execution import fused_counts
 from memopt_export.graph import Graph, Wiring, attribute, inner_layers, label, wire
 from memopt_export.means import UNLIMITED, Means
 from memopt_export.opset import at_least_opset, import_domain
-from memopt_export.qdq import fused_counts
 from memopt_export.quantize.quantized import Quantized
 from memopt_export.recipe import Recipe
 from memopt_export.simplify import drop_unused_initializers

@@ -9,11 +9,12 @@ from memopt.errors import AnswerIsNo, UsageError
 from memopt_export.calibrate import Ranges, batches_for, calibrate, count, cuts, narrow
 from memopt_export.correct import choose_weights
 from memopt_export.equalize import equalize
+from memopt_export.execution import fused_counts
 from memopt_export.graph import Graph
 from memopt_export.means import Means
 from memopt_export.opset import FLOAT8, PER_CHANNEL, at_least_opset
 from memopt_export.placement import place
-from memopt_export.qdq import FORMATS, Stored, fused_counts, insert
+from memopt_export.qdq import FORMATS, Stored, insert
 from memopt_export.quantize.quantized import Quantized
 from memopt_export.recipe import Recipe
 

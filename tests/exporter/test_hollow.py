@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from memopt.errors import OutOfResource
-from memopt_export.executed import as_executed, as_written
 from memopt_export.graph import Graph, open_session
+from memopt_export.hollow import as_executed, as_written
 from memopt_export.plan import plan
 
 onnx = pytest.importorskip("onnx")
