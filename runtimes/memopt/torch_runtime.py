@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from memopt.arena import MemoryPool
 from memopt.artifact import Artifact
 from memopt.errors import BackendError, InputRefused, IntegrityError, OutOfResource, first_line
 from memopt.strict_json import from_json
@@ -112,8 +113,11 @@ def refuses(artifact: Artifact) -> str | None:
     return None if artifact.path else "torch opens .pt2 files only from a path"
 
 
-def open(artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> TorchSession:  # noqa: A001  # the arrow's name
-    """A session on this device; see `memopt.session.Runtime.open`."""
+def open(  # noqa: A001  # the arrow's name
+    artifact: Artifact, *, device: str = "cpu", threads: int = 0, profile: str = "balanced",
+    pool: MemoryPool | None = None,
+) -> TorchSession:  # fmt: skip
+    """A session on this device; see `memopt.session.Runtime.open`. torch has an allocator of its own, and no pool."""
     reason = refuses(artifact) or unavailable(device)
     if reason or artifact.path is None:
         raise BackendError(reason or "torch opens .pt2 files only from a path")
@@ -185,6 +189,13 @@ class TorchSession:
             raise OutOfResource(f"torch ran out of memory in {self._name}: {first_line(error)}") from error
         except Exception as error:  # a program from elsewhere makes torch raise whatever it trips over
             raise BackendError(f"torch failed in {self._name}: {first_line(error)}") from error
+
+    def trim(self) -> None:
+        """Gives back what torch has cached on the device; on the CPU it caches nothing."""
+        import torch
+
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Frees the module."""

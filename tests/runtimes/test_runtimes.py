@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memopt.arena import MemoryPool
 from memopt.artifact import Artifact, open_artifact
 from memopt.batching import run_in_batches
 from memopt.bundle import open_bundle
@@ -35,6 +36,9 @@ class FakeSession:
         check_feeds(self.inputs, feeds)
         return [feeds["input"].sum(axis=(1, 2, 3))[:, None] * np.array([[1, 2, 3]], np.float32)]
 
+    def trim(self) -> None:
+        pass
+
     def close(self) -> None:
         self.closed = True
 
@@ -58,7 +62,10 @@ class FakeRuntime:
     def refuses(self, artifact: Artifact) -> str | None:
         return None
 
-    def open(self, artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> Session:
+    def open(
+        self, artifact: Artifact, *, device: str = "cpu", threads: int = 0, profile: str = "balanced",
+        pool: MemoryPool | None = None,
+    ) -> Session:  # fmt: skip
         reason = self.unavailable(device)
         if reason:
             raise BackendError(reason)
