@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from memopt.errors import BackendError, UsageError, first_line
+from memopt.output_buffers import OutputBuffers
 from memopt.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class MemoryPool:
     Models run in turn in the same memory when they run one after the other; run at once, they share the limit.
 
     Args:
-        limit: of what the models' activations may take together, such as "64MiB"; None sets none.
+        limit: of what the models' activations may take together, such as "64MiB"; None sets none. Outputs lie outside.
         region_bytes: what is reserved at first; by default all of a limit.
     """
 
@@ -53,6 +54,7 @@ class MemoryPool:
             raise UsageError(f"a pool of {limit} holds no model", hint="MemoryPool('1MiB') or more")
         wanted = region_bytes or min(self.limit_bytes or LARGEST_REGION_BYTES, _LARGEST_LIMITED_REGION_BYTES)
         self.region_bytes = min(wanted, self.limit_bytes or wanted)
+        self.outputs = OutputBuffers()
         self._members: weakref.WeakSet[Any] = weakref.WeakSet()  # sessions, awake or not
         self._awake = 0  # library's sessions that hold the arena
         self._opening = 0

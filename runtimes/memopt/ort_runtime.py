@@ -25,7 +25,7 @@ from memopt.arena import MemoryPool, region_for, return_large_blocks
 from memopt.artifact import Artifact, release_pages
 from memopt.errors import BackendError, InputRefused, OutOfResource, first_line
 from memopt.ort_options import PROVIDERS, Profile, profile_named, provider_options, session_entries
-from memopt.output_buffers import OutputBuffers
+from memopt.output_buffers import POOLED_BYTES, can_hold
 from memopt.tensors import Array, TensorSpec, check_feeds
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ DEVICES = ("cpu", "cuda")
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are "tensor(int8)" -> "int8"
 _FATAL_ONLY = 4  # errors are raised; the library would print them as well
+_OTHER_SHAPE = "shape verification failed"
 _NO_MEMORY = ("is smaller than requested bytes", "Failed to allocate", "bad_alloc", "out of memory", "CUDA failure 2:")
 
 
@@ -112,12 +113,12 @@ class OrtSession:
         self._device, self._threads, self._profile, self._pool = device, threads, profile, pool
         self._waking = threading.Lock()
         self._closed = False
-        self._buffers = OutputBuffers()
         self._opened: _Opened | None = None
         opened = self._wake()
         self.inputs = tuple(_spec(value) for value in opened.session.get_inputs())
         self.outputs = tuple(_spec(value) for value in opened.session.get_outputs())
-        self._binds = device == "cpu" and self._buffers.can_hold(self.inputs, self.outputs, opened.free_names)
+        self._binds = profile.arena and device == "cpu" and can_hold(self.inputs, self.outputs, named=opened.named)
+        self._sample_bytes = sum(spec.nbytes(1) for spec in self.outputs)
         self.placement: str = opened.placement
         self.device_bytes: int | None = None
 
@@ -126,10 +127,13 @@ class OrtSession:
         check_feeds(self.inputs, feeds)
         opened = self._opened or self._wake()
         try:
-            if self._binds:
-                return opened.run_bound(feeds, self._buffers.take(self.inputs, self.outputs, feeds))
+            if self._binds and self._sample_bytes * _samples(self.inputs, feeds) >= POOLED_BYTES:
+                return opened.run_bound(feeds, self._pool.outputs.take(self.inputs, self.outputs, feeds))
             return [np.array(output) for output in opened.session.run(opened.output_names, dict(feeds))]
         except library_errors() as error:
+            if self._binds and _OTHER_SHAPE in str(error):  # the graph lies about its outputs, which is its right
+                self._binds = False
+                return self.run(feeds)
             raise _as_ours(error, f"onnxruntime failed in {self._artifact.name}") from error
 
     def trim(self) -> None:
@@ -138,7 +142,7 @@ class OrtSession:
         Runs under way end in the memory they have.
         """
         self._opened = None
-        self._buffers.clear()
+        self._pool.outputs.clear()
         for view in (self._artifact.data, self._artifact.weights):
             if view is not None:
                 release_pages(view)
@@ -202,7 +206,7 @@ class _Opened:
         self._bindings: deque[Any] = deque()
 
     @property
-    def free_names(self) -> bool:
+    def named(self) -> bool:
         """Whether every free dimension has a name, so that equal names mean equal sizes."""
         values = (*self.session.get_inputs(), *self.session.get_outputs())
         return all(dim is not None for value in values for dim in value.shape)
@@ -221,15 +225,12 @@ class _Opened:
             binding = self._bindings.pop()
         except IndexError:
             binding = self.session.io_binding()
-        try:
-            for name, array in feeds.items():
-                binding.bind_cpu_input(name, array)
-            for name, array in outputs.items():
-                binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-            self.session.run_with_iobinding(binding)
-        finally:
-            binding.clear_binding_inputs()  # which would keep the caller's arrays alive
-            binding.clear_binding_outputs()
+        inputs = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        for name, array in inputs.items():  # by address, for what `bind_cpu_input` is given it keeps alive
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, array in outputs.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self.session.run_with_iobinding(binding)
         self._bindings.append(binding)
         return list(outputs.values())
 
@@ -275,6 +276,12 @@ def _source(options: onnxruntime.SessionOptions, artifact: Artifact) -> Iterator
             yield str(folder / "graph.onnx")
 
 
+def _samples(inputs: tuple[TensorSpec, ...], feeds: Mapping[str, Array]) -> int:
+    """The batch, as far as it can be told from the first input."""
+    shape = feeds[inputs[0].name].shape if inputs else ()
+    return shape[0] if shape else 1
+
+
 def _spec(value: Any) -> TensorSpec:
     dtype = _DTYPES.get(value.type, value.type.removeprefix("tensor(").removesuffix(")"))
     shape = tuple(dim if isinstance(dim, int) else (dim or "batch") for dim in value.shape)
@@ -283,10 +290,11 @@ def _spec(value: Any) -> TensorSpec:
 
 @cache
 def library_errors() -> tuple[type[Exception], ...]:
-    """The library's exceptions, which share no base class but Exception."""
+    """The library's exceptions, which share no base class but Exception; a bound run raises RuntimeError for all."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    kinds = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    return (*kinds, RuntimeError)
 
 
 def _as_ours(error: Exception, what: str) -> Exception:

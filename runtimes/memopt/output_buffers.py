@@ -14,6 +14,16 @@ POOLED_BYTES = 64 * 2**10  # smaller outputs are made anew, which costs less tha
 _KEPT = 8  # free buffers of all sizes
 
 
+def can_hold(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, named: bool) -> bool:
+    """Whether the shapes of all outputs follow from those of the inputs, and numpy has their dtypes.
+
+    `named` says that free dimensions have the names that the graph gave them.
+    """
+    known = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
+    free = {dim for spec in outputs for dim in spec.shape if isinstance(dim, str)}
+    return named and free <= known and all(hasattr(np, spec.dtype) for spec in (*inputs, *outputs))
+
+
 class OutputBuffers:
     """Outputs of the sizes that runs have: each array is the caller's until nothing refers to it any more.
 
@@ -23,13 +33,6 @@ class OutputBuffers:
 
     def __init__(self) -> None:
         self._free: deque[bytearray] = deque(maxlen=_KEPT)  # the oldest goes first
-
-    @staticmethod
-    def can_hold(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], named: bool) -> bool:  # noqa: FBT001
-        """Whether the shapes of all outputs follow from those of the inputs, and numpy has their dtypes."""
-        known = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
-        free = {dim for spec in outputs for dim in spec.shape if isinstance(dim, str)}
-        return named and free <= known and all(hasattr(np, spec.dtype) for spec in (*inputs, *outputs))
 
     def take(
         self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], feeds: Mapping[str, Array]
