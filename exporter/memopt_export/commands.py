@@ -432,10 +432,11 @@ def pack(
 
     With `specialized`, every graph that gains by it stands beside one that is optimized for this processor.
     """
+    from memopt.specialization import gains_nothing
     from memopt_export import formats
     from memopt_export import pack as packing
     from memopt_export.signing import load_key
-    from memopt_export.specialize import gains_nothing, specialize
+    from memopt_export.specialize import specialize
     from memopt_export.stages import tool_versions
     from memopt_models.data import open_data, open_samples
 
@@ -443,7 +444,9 @@ def pack(
     key = load_key(sign, passphrase) if sign is not None else None
     parts = _parts(paths)
     graphs = [part for part in parts if isinstance(part, packing.OnnxPart)]
-    skipped = {part.id: why for part in graphs if specialized and (why := gains_nothing(part.graph)) is not None}
+    skipped = {
+        part.id: why for part in graphs if specialized and (why := gains_nothing(part.graph.precision)) is not None
+    }
     parts += [specialize(part) for part in graphs if specialized and part.id not in skipped]
     opened = open_data(data, root=data_root) if data and not data.endswith(".npz") else None
     golden = {}

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from memopt import ort_runtime
 from memopt.cpu import CpuTarget, this_cpu
 from memopt.errors import BackendError, InputRefused, first_line
-from memopt.ort_options import READ_IN_PLACE
 from memopt_export import preflight
 from memopt_export.graph import Graph
 
@@ -32,13 +31,6 @@ def specialize(part: OnnxPart) -> OnnxPart:
     cpu = _this_machine()
     graph = optimize(part.graph)
     return replace(part, id=f"{part.id}-{cpu.key}", graph=graph, measured=(), cpu=cpu, source=part.id)
-
-
-def gains_nothing(graph: Graph) -> str | None:
-    """Why an optimized graph would take as much memory as this one; None where it takes less."""
-    if graph.precision in READ_IN_PLACE:
-        return None
-    return f"not specialized: {graph.precision} weights are packed anew at every load, optimized or not"
 
 
 def optimize(graph: Graph) -> Graph:

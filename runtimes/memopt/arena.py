@@ -54,7 +54,7 @@ class MemoryPool:
             raise UsageError(f"a pool of {limit} holds no model", hint="MemoryPool('1MiB') or more")
         wanted = region_bytes or min(self.limit_bytes or LARGEST_REGION_BYTES, _LARGEST_LIMITED_REGION_BYTES)
         self.region_bytes = min(wanted, self.limit_bytes or wanted)
-        self.outputs = OutputBuffers()
+        self.outputs = OutputBuffers(largest_bytes=self.limit_bytes)
         self._members: weakref.WeakSet[Any] = weakref.WeakSet()  # sessions, awake or not
         self._awake = 0  # library's sessions that hold the arena
         self._opening = 0

@@ -63,7 +63,9 @@ def profile_named(name: str) -> Profile:
     return PROFILES[name]
 
 
-def session_entries(profile: Profile, *, device: str, optimized: bool, packed: bool, precision: str | None) -> dict[str, str]:  # fmt: skip
+def session_entries(
+    profile: Profile, *, device: str, optimized: bool, packed: bool, precision: str | None
+) -> dict[str, str]:
     """The session's config entries.
 
     Args:
@@ -82,7 +84,7 @@ def session_entries(profile: Profile, *, device: str, optimized: bool, packed: b
 def provider_options(profile: Profile, *, device: str, limit_bytes: int | None) -> list[tuple[str, ProviderOptions]]:
     """The providers to ask for, with their options, the one for `device` first.
 
-    The limit is that of the arena, for activations and workspace. TensorRT's provider leaves to CUDA what it cannot run.
+    The limit is that of the arena: activations, workspace. TensorRT's provider leaves to CUDA what it cannot run.
 
     >>> provider_options(PROFILES["balanced"], device="cpu", limit_bytes=None)
     [('CPUExecutionProvider', {})]

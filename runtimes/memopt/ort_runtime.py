@@ -36,6 +36,7 @@ DEVICES = ("cpu", "cuda")
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are "tensor(int8)" -> "int8"
 _FATAL_ONLY = 4  # errors are raised; the library would print them as well
+_SMALLEST_EXTERNAL_BYTES = 1024
 _OTHER_SHAPE = "shape verification failed"
 _NO_MEMORY = ("is smaller than requested bytes", "Failed to allocate", "bad_alloc", "out of memory", "CUDA failure 2:")
 
@@ -103,12 +104,38 @@ def open(  # noqa: A001  # the arrow's name
     return OrtSession(artifact, device=device, threads=threads, profile=costs, pool=pool)
 
 
+def write_optimized(artifact: Artifact, path: Path, *, weights_name: str) -> None:
+    """Writes the graph as the library has optimized it for this processor, and its weights to a file beside it.
+
+    Products' weights are written packed as well, so that they can be mapped in that form too.
+
+    Raises:
+        BackendError, OutOfResource: the library cannot.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.optimized_model_filepath = str(path)
+    for key, value in (
+        ("optimized_model_external_initializers_file_name", weights_name),
+        ("optimized_model_external_initializers_min_size_in_bytes", str(_SMALLEST_EXTERNAL_BYTES)),
+        ("save_external_prepacked_constant_initializers", "1"),
+    ):
+        options.add_session_config_entry(f"session.{key}", value)
+    try:
+        with _source(options, artifact) as model:
+            onnxruntime.InferenceSession(model, options, providers=[PROVIDERS["cpu"]])
+    except library_errors() as error:
+        raise _as_ours(error, f"onnxruntime cannot optimize {artifact.name}") from error
+
+
 class OrtSession:
     """An open ONNX graph. Threads may share it."""
 
-    def __init__(
-        self, artifact: Artifact, *, device: str, threads: int, profile: Profile, pool: MemoryPool
-    ) -> None:
+    def __init__(self, artifact: Artifact, *, device: str, threads: int, profile: Profile, pool: MemoryPool) -> None:
         self._artifact = artifact  # the mapped weights live as long as the session
         self._device, self._threads, self._profile, self._pool = device, threads, profile, pool
         self._waking = threading.Lock()

@@ -27,20 +27,19 @@ def can_hold(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, nam
 class OutputBuffers:
     """Outputs of the sizes that runs have: each array is the caller's until nothing refers to it any more.
 
-    An array lies in a buffer that is no array. numpy has every view keep the array alive that it was made from, and that
-    array is the first over its buffer; so when it dies, no view of the buffer is left, and the buffer is free.
+    An array lies in a buffer that is no array. In numpy every view keeps the array alive that it was made from,
+    and that array is the first over its buffer; so when it dies, no view of the buffer is left, and the buffer is free.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, largest_bytes: int | None = None) -> None:
+        self._largest_bytes = largest_bytes  # what is larger is not kept; None: anything is
         self._free: deque[bytearray] = deque(maxlen=_KEPT)  # the oldest goes first
 
     def take(
         self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], feeds: Mapping[str, Array]
     ) -> dict[str, Array]:
         """An array for each output, by name, of the shape that it has for these inputs; filled with anything."""
-        sizes = {
-            dim: size for spec in inputs for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True)
-        }
+        sizes = {dim: size for spec in inputs for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True)}
         shapes = ((spec, [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]) for spec in outputs)
         return {spec.name: self._array(shape, np.dtype(spec.dtype)) for spec, shape in shapes}
 
@@ -56,7 +55,8 @@ class OutputBuffers:
             return np.empty(shape, dtype)
         buffer = self._buffer(size_bytes)
         array = np.ndarray(shape, dtype, buffer=buffer)
-        weakref.finalize(array, self._free.append, buffer).atexit = False
+        if self._largest_bytes is None or size_bytes <= self._largest_bytes:
+            weakref.finalize(array, self._free.append, buffer).atexit = False
         return array
 
     def _buffer(self, size_bytes: int) -> bytearray:

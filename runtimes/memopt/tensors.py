@@ -77,7 +77,7 @@ class TensorSpec:
 
     @cached_property
     def _numpy_dtype(self) -> np.dtype[Any] | None:
-        """numpy's own object for the dtype in this machine's byte order; None where it has none."""
+        """The dtype's own object in numpy, in this machine's byte order; None where it has none."""
         return np.dtype(self.dtype) if hasattr(np, self.dtype) else None
 
     def _has_shape(self, shape: tuple[int, ...]) -> bool:

@@ -19,28 +19,8 @@ from memopt.memory import give_back, read_host_memory
 from memopt.ort_runtime import OrtSession
 from memopt.tensors import Array
 
-SIDE = 128  # a picture of this side is 64 KiB
+SIDE = 128  # of the chain's pictures: 64 KiB each
 MIB = 2**20
-
-
-@pytest.fixture(scope="module")
-def chain_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """(batch, 1, SIDE, SIDE) through three functions that cannot be done in place: two pictures live at once."""
-    from onnx import TensorProto, helper
-
-    names = ["input", "a", "b", "logits"]
-    nodes = [
-        helper.make_node("Pad", [names[i], "pads"], [names[i + 1]], name=f"n{i}", mode="reflect") for i in range(3)
-    ]
-    shape = ["batch", 1, SIDE, SIDE]
-    ends = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("input", "logits"))
-    pads = helper.make_tensor("pads", TensorProto.INT64, [8], [0, 0, 1, 0, 0, 0, -1, 0])
-    graph = helper.make_graph(nodes, "chain", *([each] for each in ends), [pads])
-    path = tmp_path_factory.mktemp("chain") / "chain.onnx"
-    path.write_bytes(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10).SerializeToString()
-    )
-    return path
 
 
 @pytest.fixture
@@ -65,7 +45,7 @@ def private_mib() -> float:
 def test_a_pool_keeps_its_limit_and_goes_on_after_an_overrun(opened: Callable[..., OrtSession]) -> None:
     session = opened(pool=MemoryPool("4MiB"))
     few = session.run(pictures(16))[0]  # two pictures live: 2 MiB
-    with pytest.raises(OutOfResource, match="out of memory: .*Available memory"):
+    with pytest.raises(OutOfResource, match=r"out of memory: .*Available memory"):
         session.run(pictures(64))
     assert np.array_equal(session.run(pictures(16))[0], few)
 
@@ -188,7 +168,9 @@ def test_a_library_that_takes_no_second_arena_is_named(
         raise InvalidArgument("An allocator for this device has already been registered for sharing.")
 
     monkeypatch.setattr(onnxruntime, "create_and_register_allocator", refuse)
-    with pytest.raises(BackendError, match=r"takes no second arena: .*; hint: pip install -U onnxruntime, or profile='"):
+    with pytest.raises(
+        BackendError, match=r"takes no second arena: .*; hint: pip install -U onnxruntime, or profile='"
+    ):
         opened()
     assert opened(profile="minimum").run(pictures(1))
 

@@ -69,6 +69,13 @@ def test_free_buffers_are_few_and_can_be_let_go() -> None:
     assert not buffers._free
 
 
+def test_what_is_larger_than_the_limit_is_not_kept() -> None:
+    buffers = OutputBuffers(largest_bytes=2 * POOLED_BYTES)
+    for batch, kept in ((3, 0), (2, 1), (1, 2)):
+        del [take(buffers, batch)][:]
+        assert len(buffers._free) == kept
+
+
 @pytest.mark.parametrize(
     ("spec", "named", "holds"),
     [
