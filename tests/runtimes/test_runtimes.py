@@ -215,7 +215,7 @@ def test_a_silent_fallback_of_the_library_is_found_out(
         pytest.skip("this machine has a working CUDA device, so nothing falls back")
     monkeypatch.setattr(ort_runtime, "unavailable", lambda device: None)  # as if the driver were there
     for device in ("cuda", "tensorrt"):
-        with pytest.raises(BackendError, match="fell back to CPUExecutionProvider, .*ExecutionProvider was asked for"):
+        with pytest.raises(BackendError, match=r"fell back to CPUExecutionProvider, .*ExecutionProvider was asked for"):
             ort_runtime.open(open_artifact(onnx_file), device=device)
 
 
