@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from memopt_export.pack import Contents, OnnxPart, pack
 # The same examples in every run: a law that fails is found by whoever breaks it, not by the next one's luck.
 settings.register_profile("memopt", derandomize=True)
 settings.load_profile("memopt")
+
+# No test writes to the user's cache, or starts a process to fill it, without having asked for it.
+os.environ["MEMOPT_CACHE"] = "off"
 
 CLASSES = ("zero", "one", "two")
 SHAPE = (1, 8, 8)

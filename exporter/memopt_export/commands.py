@@ -18,6 +18,7 @@ from memopt.compare import cells, compare, subjects
 from memopt.errors import InputRefused, MemoptError, UsageError, first_line
 from memopt.files import refuse_to_overwrite, sha256_file, write_atomically
 from memopt.manifest import EngineInfo
+from memopt.preprocess import prepare
 from memopt.report import Report, Row
 from memopt.runtimes import runtime
 from memopt.session import Runtime
@@ -214,9 +215,12 @@ class Predicted:
     pictures: tuple[tuple[str, tuple[tuple[str, float], ...]], ...]  # (file, ((label, probability), ...))
 
 
+PREPROCESSING = "preprocessing"  # stands for a variant in the row of the golden pictures
+
+
 @dataclass(frozen=True)
 class Replay:
-    """One variant against the golden outputs, on one runtime of this machine."""
+    """One variant against the golden outputs, on one runtime of this machine; or the pictures against the inputs."""
 
     variant: str
     runtime: str
@@ -247,7 +251,7 @@ class Verification:
     @property
     def holds(self) -> bool:
         """Whether every variant that runs here gives the golden outputs, and, where that was asked, one does run."""
-        ran = [replay for replay in self.replays if not replay.excused]
+        ran = [replay for replay in self.replays if not replay.excused and replay.variant != PREPROCESSING]
         return all(replay.holds for replay in self.replays) and (bool(ran) or not self.replays)
 
 
@@ -511,31 +515,37 @@ def pack(
 
     With `specialized`, every graph that gains by it stands beside one that is optimized for this processor.
     """
+    from memopt.specialization import gains_nothing
     from memopt_export import formats
     from memopt_export import pack as packing
     from memopt_export.signing import load_key
-    from memopt_export.specialize import gains_nothing, specialize
+    from memopt_export.specialize import specialize
     from memopt_export.stages import tool_versions
-    from memopt_models.data import open_data, open_samples
+    from memopt_models.data import Pictures, open_data, stream_samples
 
     _refuse_own_input(output, paths)
     key = load_key(sign, passphrase) if sign is not None else None
     parts = _parts(paths)
     graphs = [part for part in parts if isinstance(part, packing.OnnxPart)]
-    skipped = {part.id: why for part in graphs if specialized and (why := gains_nothing(part.graph)) is not None}
+    skipped = {
+        part.id: why for part in graphs if specialized and (why := gains_nothing(part.graph.precision)) is not None
+    }
     parts += [specialize(part) for part in graphs if specialized and part.id not in skipped]
     opened = open_data(data, root=data_root) if data and not data.endswith(".npz") else None
-    golden = {}
+    golden, pictures = {}, None
     if data and graphs:
         first = graphs[0].graph
         at_most = first.fixed_batch or packing.GOLDEN_SAMPLES
-        golden = open_samples(data, split="test", inputs=first.inputs, root=data_root, at_most=at_most).feeds
+        found = stream_samples(data, split="test", inputs=first.inputs, root=data_root, at_most=at_most)
+        golden = found.pick(slice(None)).feeds
+        pictures = found.split.images if isinstance(found, Pictures) else None
     contents = packing.Contents(
         name=name or output.stem,
         parts=tuple(parts),
         labels=_read_labels(labels) if labels else opened.classes if opened else (),
         preprocess=opened.preprocess if opened else (),
         golden_inputs=golden,
+        golden_pictures=pictures,
         license=license_id,
         license_text=_read_text(license_file) if license_file else None,
         tools=tool_versions(),
@@ -806,7 +816,10 @@ def _replay(bundle: Bundle, *, trust_engines: bool) -> Iterator[Replay]:
     """Every variant on every device of its runtime that works here; what a machine lacks is no fault of the bundle."""
     if bundle.manifest.golden is None:
         raise InputRefused(f"{bundle.path} has no golden outputs", hint="memopt-export pack --data SPEC")
-    inputs = bundle.golden_inputs()
+    inputs, pictures = bundle.golden_inputs(), bundle.golden_pictures()
+    if pictures is not None:
+        prepared = prepare(pictures, bundle.manifest.preprocess)
+        yield Replay(PREPROCESSING, "numpy", max_difference(prepared, next(iter(inputs.values()))), 0.0)
     for variant in bundle.manifest.variants:
         expected = bundle.golden_outputs(variant.id)
         made_for = runtime(variant.runtime)

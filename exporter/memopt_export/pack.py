@@ -21,6 +21,7 @@ from memopt.cpu import CpuTarget
 from memopt.errors import InputRefused, UsageError
 from memopt.files import atomic_file, refuse_to_overwrite, refuse_to_replace, write_folder
 from memopt.manifest import EngineInfo, File, Golden, Manifest, MemoryPoint, Stage, Variant, VariantMemory, encode
+from memopt.preprocess import prepare
 from memopt.signature import entry_of
 from memopt.tensors import Array
 from memopt_export.external_weights import split
@@ -84,6 +85,7 @@ class Contents:
     labels: tuple[str, ...] = ()
     preprocess: tuple[dict[str, Any], ...] = ()
     golden_inputs: Mapping[str, Array] = field(default_factory=dict)
+    golden_pictures: Array | None = None  # uint8, of which `preprocess` makes the first golden input
     lineage: tuple[Stage, ...] = ()
     license: str | None = None
     license_text: str | None = None  # None takes that of a licence whose text memopt knows
@@ -278,7 +280,8 @@ def _add_golden(contents: Contents, items: list[Entry]) -> Golden | None:
     """The golden inputs, and what every variant makes of them; what was made from a graph is held against it.
 
     Raises:
-        InputRefused: an optimized graph computes something else than the one it was made from.
+        InputRefused: an optimized graph computes something else than the one it was made from, or the preprocessing
+            makes something else of the pictures than the inputs.
     """
     if not contents.golden_inputs:
         return None
@@ -301,7 +304,18 @@ def _add_golden(contents: Contents, items: list[Entry]) -> Golden | None:
                 atol[made.id] = max(_GOLDEN_TOLERANCE["fp16"] * max(largest, 1.0), atol[part.id])
             else:
                 _refuse_unlike(made, computed, contents.golden_inputs, atol[part.id])
-    return Golden(inputs, outputs, atol)
+    return Golden(inputs, outputs, atol, _add_pictures(contents, items))
+
+
+def _add_pictures(contents: Contents, items: list[Entry]) -> str | None:
+    """The path of the pictures, whose prepared form the bundle has as well: so a device can check its preprocessing."""
+    pictures = contents.golden_pictures
+    if pictures is None:
+        return None
+    if not np.array_equal(prepare(pictures, contents.preprocess), next(iter(contents.golden_inputs.values()))):
+        raise InputRefused("the preprocessing does not make the golden inputs of the golden pictures")
+    items.append(Entry("assets/golden/pictures.npy", _npy(pictures)))
+    return items[-1].name
 
 
 def _refuse_unlike(made: OnnxPart, expected: Sequence[Array], feeds: Mapping[str, Array], atol: float) -> None:

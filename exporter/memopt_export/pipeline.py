@@ -31,7 +31,7 @@ from memopt_export.job import Job
 from memopt_export.pack import GOLDEN_SAMPLES, Contents, EnginePart, OnnxPart, engine_id, pack
 from memopt_export.recipe import Recipe
 from memopt_export.stages import Outcome, Stages, locked, tool_versions
-from memopt_models.data import DataSet, Samples, open_data, open_samples
+from memopt_models.data import DataSet, Pictures, Samples, open_data, stream_samples
 from memopt_models.factories import source_digest
 
 if TYPE_CHECKING:
@@ -70,8 +70,14 @@ class Work:
 
     def samples(self, split: str, *, at_most: int | None = None, seed: int = 0) -> Samples:
         """A split as the model's inputs, or `at_most` samples of it."""
+        return self.stream(split, at_most=at_most, seed=seed).pick(slice(None))
+
+    def stream(self, split: str, *, at_most: int | None = None, seed: int = 0) -> Samples | Pictures:
+        """The same, prepared when they are read."""
         inputs = (self.data.input_spec,)
-        return open_samples(self.job.data, split=split, inputs=inputs, root=self.data_root, at_most=at_most, seed=seed)
+        return stream_samples(
+            self.job.data, split=split, inputs=inputs, root=self.data_root, at_most=at_most, seed=seed
+        )
 
 
 @dataclass(frozen=True)
@@ -274,12 +280,14 @@ def pack_bundle(
     def make(folder: Path) -> None:
         notes = {name: _read_note(outcome) for name, outcome in measured.items()}
         parts = [_onnx_part(built, notes[built.id]) for built in graphs]
+        golden = work.stream("test", at_most=GOLDEN_SAMPLES)
         contents = Contents(
             name=work.job.name,
             parts=(*parts, *(_engine_part(built) for built in engines)),
             labels=work.data.classes,
             preprocess=work.data.preprocess,
-            golden_inputs=work.samples("test", at_most=GOLDEN_SAMPLES).feeds,
+            golden_inputs=golden.pick(slice(None)).feeds,
+            golden_pictures=golden.split.images if isinstance(golden, Pictures) else None,
             lineage=tuple(_lineage(work, checkpoints, graphs, engines)),
             license=work.job.license,
             tools=tool_versions(),

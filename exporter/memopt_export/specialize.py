@@ -33,13 +33,6 @@ def specialize(part: OnnxPart) -> OnnxPart:
     return replace(part, id=f"{part.id}-{cpu.key}", graph=graph, measured=(), cpu=cpu, source=part.id)
 
 
-def gains_nothing(graph: Graph) -> str | None:
-    """Why an optimized graph would take as much memory as this one; None where it takes less."""
-    if graph.precision in ort_runtime.READ_IN_PLACE:
-        return None
-    return f"not specialized: {graph.precision} weights are packed anew at every load, optimized or not"
-
-
 def optimize(graph: Graph) -> Graph:
     """The graph with every optimization of ONNX Runtime for this processor, weights laid out for it."""
     import onnxruntime

@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from memopt.arena import MemoryPool, keep_malloc
     from memopt.bundle import open_bundle
     from memopt.model import Model, Prediction, load
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Prediction", "__version__", "load", "open_bundle"]
+__all__ = ["MemoryPool", "Model", "Prediction", "__version__", "keep_malloc", "load", "open_bundle"]
 
-_HOMES = {"load": "model", "Model": "model", "Prediction": "model", "open_bundle": "bundle"}
+_HOMES = {
+    "load": "model", "Model": "model", "Prediction": "model", "open_bundle": "bundle", "MemoryPool": "arena",
+    "keep_malloc": "arena",
+}  # fmt: skip
 
 
 def __dir__() -> list[str]:

@@ -35,6 +35,7 @@ class Artifact:
     engine: EngineInfo | None = None
     cpu: CpuTarget | None = None  # of a graph that is optimized already, and for nothing else
     precision: str | None = None
+    packed: bool = False  # the file of weights holds those of products in the kernels' layout too
 
     def runs_on(self, device: str) -> bool:
         """Whether a runtime that opens it may do so on this device."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,14 @@ class MemoryCurve:
         """Bytes at this batch; the first point's below it."""
         batches, sizes = zip(*self.points, strict=True)
         return math.ceil(float(np.interp(batch, batches, sizes)))
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What is there without any sample: the line through the first two points, at batch 0; never negative."""
+        if len(self.points) < 2:
+            return 0
+        (first, least), (second, more) = self.points[:2]
+        return max(0, round(least - (more - least) * first / (second - first))) if second > first else 0
 
     @property
     def last_batch(self) -> int:
@@ -108,11 +116,11 @@ def run_in_batches(session: Session, feeds: Mapping[str, Array], *, batch: int) 
     Raises:
         InputRefused: more samples than `batch`, and the model cannot be split.
     """
-    check_feeds(session.inputs, feeds)
-    split = {spec.name for spec in session.inputs if _first(spec) is not None}
-    samples = max((len(feeds[name]) for name in split), default=0)
+    samples = count_samples(session.inputs, feeds)
     if samples <= batch:
         return session.run(feeds)
+    check_feeds(session.inputs, feeds)
+    split = {spec.name for spec in session.inputs if _first(spec) is not None}
     batched = [spec for spec in session.inputs if spec.name in split]
     if len({_first(spec) for spec in (*batched, *session.outputs)}) > 1:
         raise InputRefused(f"{samples} samples at once, {batch} fit, and the model's outputs cannot be put together")
@@ -121,6 +129,12 @@ def run_in_batches(session: Session, feeds: Mapping[str, Array], *, batch: int) 
         for start in range(0, samples, batch)
     ]
     return [np.concatenate(outputs) for outputs in zip(*pieces, strict=True)]
+
+
+def count_samples(inputs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> int:
+    """How many samples the largest input has whose first dimension is free; 0 where that cannot be told."""
+    counts = (len(feeds[spec.name]) for spec in inputs if _first(spec) and np.ndim(feeds.get(spec.name, 0)))
+    return max(counts, default=0)
 
 
 def _first(spec: TensorSpec) -> str | None:

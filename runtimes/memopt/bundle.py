@@ -111,6 +111,11 @@ class Bundle:
         golden = self.manifest.golden
         return {name: self._array(path) for name, path in golden.inputs.items()} if golden is not None else {}
 
+    def golden_pictures(self) -> Array | None:
+        """The uint8 pictures, (n, height, width, channels), of which the first golden input was made; None: none."""
+        golden = self.manifest.golden
+        return self._array(golden.pictures) if golden is not None and golden.pictures is not None else None
+
     def golden_outputs(self, variant_id: str) -> list[Array]:
         """What this variant computed for them on the machine that packed, in order; empty without golden samples."""
         golden = self.manifest.golden

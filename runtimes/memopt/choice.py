@@ -70,7 +70,8 @@ def choose(
         too_large += runnable
         refused += [_too_large(choice, memory_limit) for choice in runnable]
     if too_large:
-        raise _nothing_fits(too_large, memory_limit)
+        everything = [v for v in bundle.manifest.variants if distrusted[v.id] is None]
+        raise _nothing_fits(bundle, too_large, everything, memory_limit)
     raise BackendError(f"{bundle.path} has nothing that runs on {device}: " + "; ".join(refused))
 
 
@@ -148,10 +149,23 @@ def _too_large(choice: Choice, memory_limit: int | None) -> str:
     )
 
 
-def _nothing_fits(too_large: list[Choice], memory_limit: int | None) -> OutOfResource:
-    least = min(too_large, key=_cost)
+def _nothing_fits(
+    bundle: Bundle, asked: list[Choice], variants: list[Variant], memory_limit: int | None
+) -> OutOfResource:
+    """What the variant needs that would have been taken, and the least that any of the bundle does."""
+    wanted = min(asked, key=lambda choice: (-_accuracy(bundle, choice.variant), _cost(choice)))
+    names = {choice.device for choice in asked}
+    others = [choice for name in DEVICES for choice in _runnable(bundle, name, variants, []) if choice.device in names]
+    least = min(others, key=_cost)
     return OutOfResource(
-        f"nothing fits into {show_size(memory_limit)}: the smallest variant, {least.variant.id}, "
-        f"needs {show_size(least.need_bytes)} at batch 1",
-        hint=f"memory_limit={least.need_bytes}" if least.need_bytes is not None else None,
+        f"{wanted.variant.id} needs {show_size(wanted.need_bytes)} at batch 1, limit {show_size(memory_limit)}; "
+        f"smallest variant: {least.variant.id} {show_size(least.need_bytes)}",
+        hint=_more_memory(least, memory_limit),
     )
+
+
+def _more_memory(least: Choice, memory_limit: int | None) -> str | None:
+    if least.need_bytes is None:
+        return None
+    fits = memory_limit is not None and least.need_bytes <= memory_limit
+    return f"variant={least.variant.id!r}" if fits else f"memory_limit={least.need_bytes}"

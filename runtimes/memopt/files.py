@@ -79,14 +79,44 @@ def write_folder(
     Raises:
         UsageError, OutOfResource, InputRefused: see `write_atomically`.
     """
-    refuse_to_replace(path, force=force, is_ours=is_ours)
-    with _beside(path, tempfile.mkdtemp) as beside:
+    with atomic_folder(path, force=force, is_ours=is_ours) as beside:
         for name, data in files.items():
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             with _synced(beside / name, 0o644) as file:
                 file.write(data)
-        beside.chmod(0o755)
+
+
+@contextmanager
+def atomic_folder(
+    path: Path, *, force: bool = False, mode: int = 0o755, is_ours: Callable[[Path], bool]
+) -> Iterator[Path]:
+    """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not."""
+    refuse_to_replace(path, force=force, is_ours=is_ours)
+    with _beside(path, tempfile.mkdtemp) as beside:
+        yield beside
+        beside.chmod(mode)
         _move_into_place(beside, path)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Whether the file at `path`, made where it is missing, could be locked for this block: nobody else has it.
+
+    The kernel frees the lock of a process that dies. On a file system without locks everybody has it.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield True
+    finally:
+        os.close(handle)
 
 
 def refuse_to_overwrite(path: Path, *, force: bool) -> None:

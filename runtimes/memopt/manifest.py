@@ -16,7 +16,7 @@ from memopt.strict_json import from_json, refuse_duplicates, to_json
 from memopt.tensors import TensorSpec
 
 FORMAT = "memopt.bundle"
-SCHEMA = "1.2"  # 1.1 added license_file and sbom, 1.2 cpu
+SCHEMA = "1.3"  # 1.1 added license_file and sbom, 1.2 cpu, 1.3 golden pictures
 MAX_MANIFEST_BYTES = 4 * 2**20
 
 
@@ -116,6 +116,7 @@ class Golden:
     inputs: dict[str, str]  # tensor name -> path
     outputs: dict[str, dict[str, str]]  # variant id -> tensor name -> path
     atol: dict[str, float]  # variant id -> largest difference that another machine's arithmetic explains
+    pictures: str | None = None  # path of uint8 pictures of which the preprocessing makes the first input, to the bit
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ class Manifest:
         named = [self.labels, self.license_file, self.sbom]
         if self.golden is not None:
             named += self.golden.inputs.values()
+            named.append(self.golden.pictures)
             named += [path for outputs in self.golden.outputs.values() for path in outputs.values()]
         for variant in self.variants:
             named += [variant.model, variant.weights]

@@ -5,25 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
 from memopt.accuracy import softmax
-from memopt.batching import BatchFit, largest_batch, run_in_batches
+from memopt.arena import BOOKS, SMALLEST_REGION_BYTES, MemoryPool
+from memopt.artifact import Artifact
+from memopt.batching import BatchFit, count_samples, largest_batch, run_in_batches
 from memopt.bundle import Bundle, open_bundle
 from memopt.choice import Choice, choose
-from memopt.errors import InputRefused, OutOfResource, UsageError
+from memopt.errors import InputRefused, IntegrityError, MemoptError, OutOfResource, UsageError
 from memopt.manifest import Variant
 from memopt.memory import Bill, DeviceMemory, give_back, read_host_memory
+from memopt.ort_options import profile_named
 from memopt.preprocess import prepare, prepare_file
 from memopt.runtimes import RUNTIMES
 from memopt.signature import PublicKey
 from memopt.sizes import parse_size
+from memopt.specialization import Cache, default_cache, source_of, specialize_beside
+from memopt.specialization import specialize as specialize_variant
 from memopt.tensors import Array, TensorSpec
 
 MOST_THREADS = 1024
+SPECIALIZE = ("cache", "wait", "off")
 _PICTURES_AT_ONCE = 32  # prepared and run together by `predict`
 
 
@@ -43,6 +50,10 @@ def load(
     variant: str | None = None,
     max_drop: float = 1.0,
     threads: int = 0,
+    profile: str = "balanced",
+    pool: MemoryPool | None = None,
+    specialize: str = "cache",
+    cache: Cache | Path | str | None = None,
     verify: str = "full",
     trusted_keys: Sequence[PublicKey | Path | str] = (),
     trust_engines: bool = False,
@@ -53,10 +64,16 @@ def load(
         path: a `.mopt` file or a bundle folder.
         device: "auto" (TensorRT, then CUDA, then the CPU), "tensorrt", "cuda" or "cpu". A named device is required.
         memory_limit: what the model may hold above the library's own, such as "64MiB": private host memory on the
-            CPU, device memory on a GPU.
+            CPU, device memory on a GPU. It chooses the variant and the batch, and a run that would pass it fails.
         variant: the id of the variant to take; None lets memory and accuracy choose (see `memopt.choice.choose`).
         max_drop: percentage points of validation accuracy that a smaller variant may lose against the best one.
         threads: threads within one operator, up to MOST_THREADS; 0 lets the library choose.
+        profile: what it may cost: "fast", "balanced" or "minimum" memory (see `memopt.ort_options.PROFILES`).
+        pool: the arena that it shares with other models; by default it has one to itself, with its memory limit.
+        specialize: "cache" has the graph optimized for this processor at the first load, beside, and mapped from the
+            cache from then on; "wait" does so before it returns; "off" does not.
+        cache: where optimized graphs are kept; None: `$MEMOPT_CACHE`, nowhere when that is "off", else in the user's
+            cache folder.
         verify: "full" checks the sha256 of every file first; "lazy" opens at once, checks the weights beside, and
             withholds the first result until they hold; "off" checks none.
         trusted_keys: public keys, or files of such; when given, one of them must have signed the bundle.
@@ -72,12 +89,24 @@ def load(
         raise UsageError(f"threads is {threads}", hint=f"0 to {MOST_THREADS}")
     if not max_drop >= 0:  # nor is NaN
         raise UsageError(f"max_drop is {max_drop}", hint="percentage points, 0 or more")
+    if specialize not in SPECIALIZE:
+        raise UsageError(f"specialize is {specialize!r}", hint=", ".join(SPECIALIZE))
+    profile_named(profile)
     limit = parse_size(memory_limit) if memory_limit is not None else None
     bundle = open_bundle(path, verify=verify, trusted_keys=trusted_keys)
     choice = choose(
         bundle, device=device, variant=variant, memory_limit=limit, max_drop=max_drop, trust_engines=trust_engines
     )
-    model = Model(bundle, choice, threads=threads)
+    if pool is None and limit is not None:
+        pool = _pool_within(limit, choice)
+    if specialize == "off":
+        cache = None
+    elif not isinstance(cache, Cache):
+        cache = Cache(Path(cache)) if cache is not None else default_cache()
+    model = Model(
+        bundle, choice, threads=threads, profile=profile, pool=pool, cache=cache, wait=specialize == "wait",
+        verify=verify,
+    )  # fmt: skip
     if limit is not None:
         model.fit_batch(limit)
     return model
@@ -86,15 +115,25 @@ def load(
 class Model:
     """An open bundle. `run` and calls may come from several threads; use it as a context manager, or `close` it."""
 
-    def __init__(self, bundle: Bundle, choice: Choice, *, threads: int = 0) -> None:
+    def __init__(
+        self, bundle: Bundle, choice: Choice, *, threads: int = 0, profile: str = "balanced",
+        pool: MemoryPool | None = None, cache: Cache | None = None, wait: bool = False, verify: str = "full",
+    ) -> None:  # fmt: skip
         runtime = RUNTIMES[choice.runtime]
         runtime.load_library()
         give_back()
         self._baseline = read_host_memory()
         self._bundle = bundle
         self._choice = choice
+        self._why = list(choice.why)
+        self._open = partial(runtime.open, device=choice.device, threads=threads, profile=profile, pool=pool)
         self._checked = _in_background(bundle, choice.variant) if bundle.unchecked else None
-        self._session = runtime.open(bundle.artifact(choice.variant.id), device=choice.device, threads=threads)
+        self._better: Future[Artifact] | None = None  # the graph optimized for this processor, being made
+        self._closed = False
+        artifact = bundle.artifact(choice.variant.id)
+        if cache is not None and (choice.runtime, choice.device) == ("onnxruntime", "cpu"):
+            artifact = self._optimized(cache, runtime.version(), wait=wait, verify=verify) or artifact
+        self._session = self._open(artifact)
         self._loaded = replace(read_host_memory().above(self._baseline), peak_bytes=None)
         self._batch = self._engine_batch()  # samples at once; None: as many as are given
 
@@ -130,8 +169,8 @@ class Model:
 
     @property
     def why(self) -> tuple[str, ...]:
-        """What was refused and why, and why this variant was taken."""
-        return self._choice.why
+        """What was refused and why, why this variant was taken, and what has become of it since."""
+        return tuple(self._why)
 
     def __call__(self, *arrays: Array) -> Array | tuple[Array, ...]:
         """The output for these inputs, in the model's order; a tuple when the model has several outputs."""
@@ -144,9 +183,13 @@ class Model:
         """The outputs by name, all for None: onnxruntime's own signature. Inputs larger than the batch are split.
 
         Raises:
+            InputRefused: names, dtypes or shapes do not fit.
+            OutOfResource: there is no memory for the batch, nor for half of it.
             IntegrityError: the weights, which "lazy" has checked meanwhile, are not those promised.
         """
-        outputs = run_in_batches(self._session, feeds, batch=self._batch) if self._batch else self._session.run(feeds)
+        if self._better is not None and self._better.done():
+            self._take_over()
+        outputs = self._run(feeds)
         if self._checked is not None:
             self._checked.result()
         if output_names is None:
@@ -197,8 +240,18 @@ class Model:
         device = DeviceMemory(allocator_bytes=self._session.device_bytes, method="the session's own account")
         return Bill({"import": self._baseline, "load": self._loaded, "steady": steady}, device)
 
+    def trim(self) -> None:
+        """Gives back what is not used between runs, for applications that wait: on the CPU all but a few KiB.
+
+        The next run takes it again. On a graph that is optimized for this processor that costs some milliseconds, on
+        another one as much as loading it.
+        """
+        self._session.trim()
+        give_back()
+
     def close(self) -> None:
         """Frees the session; a later run raises BackendError. Closing twice is harmless."""
+        self._closed = True
         self._session.close()
 
     def __enter__(self) -> Model:
@@ -208,6 +261,63 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _run(self, feeds: Mapping[str, Array]) -> list[Array]:
+        """The outputs; a batch for which there is no memory is halved, once, and the batch stays so from then on."""
+        session = self._session
+        try:
+            return run_in_batches(session, feeds, batch=self._batch) if self._batch else session.run(feeds)
+        except OutOfResource as error:
+            samples = count_samples(session.inputs, feeds)
+            at_once = min(self._batch or samples, samples)
+            if at_once < 2:
+                raise
+            session.trim()
+            outputs = run_in_batches(session, feeds, batch=at_once // 2)
+            self._batch = at_once // 2
+            self._why.append(
+                f"{self.variant}: no memory for batch {at_once}, {self._batch} from now on: {error.problem}"
+            )
+            return outputs
+
+    def _optimized(self, cache: Cache, version: str | None, *, wait: bool, verify: str) -> Artifact | None:
+        """The graph optimized for this processor, from the cache; None when there is none yet, or no use in one."""
+        variant = self._choice.variant
+        source = source_of(self._bundle, variant, version)
+        if isinstance(source, str):
+            return None
+        try:
+            found = cache.find(source, variant.id, verify=verify)
+            if found is None and wait:
+                specialize_variant(self._bundle, variant, source, cache)
+                found = cache.find(source, variant.id, verify=verify)
+        except IntegrityError as error:
+            self._why.append(f"{variant.id}: {error}")
+            found = None
+            if not cache.is_private():
+                return None
+        except MemoptError as error:
+            self._why.append(f"{variant.id}: not optimized for this processor: {error}")
+            return None
+        if found is not None:
+            self._why.append(f"{variant.id}: optimized for this processor, from {cache.folder}")
+        else:
+            self._why.append(f"{variant.id}: being optimized for this processor, for {cache.folder}")
+            self._better = specialize_beside(self._bundle, variant, source, cache)
+        return found
+
+    def _take_over(self) -> None:
+        """Goes on with the optimized graph, which has been made meanwhile; runs under way end on the portable one."""
+        better, self._better = self._better, None
+        if better is None or self._closed:  # another thread has done it
+            return
+        try:
+            self._session = self._open(better.result())
+            self._why.append(f"{self.variant}: optimized for this processor from now on")
+        except MemoptError as error:
+            self._why.append(f"{self.variant}: not optimized for this processor: {error}")
+        if self._closed:
+            self._session.close()
 
     def _engine_batch(self) -> int | None:
         engine = self._choice.variant.engine
@@ -225,6 +335,14 @@ class Model:
         best = np.argsort(-probabilities, kind="stable")[:topk]
         labels = self.labels if len(self.labels) == len(probabilities) else [str(i) for i in range(len(probabilities))]
         return [Prediction(labels[i], float(probabilities[i])) for i in best]
+
+
+def _pool_within(limit_bytes: int, choice: Choice) -> MemoryPool | None:
+    """An arena for what the limit leaves to activations, its books included; None where that is not known."""
+    if choice.curve is None:
+        return None
+    left_bytes = (limit_bytes - choice.curve.fixed_bytes) * BOOKS // (BOOKS + 1)
+    return MemoryPool(max(left_bytes, SMALLEST_REGION_BYTES))
 
 
 def _in_background(bundle: Bundle, variant: Variant) -> Future[None]:

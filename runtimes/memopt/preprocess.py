@@ -4,6 +4,8 @@ The steps, in this order, each at most once:
 
     {"op": "decode", "color": "gray" | "rgb"}           channels of the uint8 picture
     {"op": "resize", "size": [height, width]}           bilinear with antialiasing, uint8 to uint8
+    {"op": "resize", "shorter": pixels}                 the same, keeping the ratio of the sides
+    {"op": "crop", "size": [height, width]}             the middle of the picture
     {"op": "scale", "factor": 0.00392…}                 float32(x) * factor
     {"op": "normalize", "mean": [...], "std": [...]}    per channel
     {"op": "layout", "to": "NCHW"}                      channels first
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from memopt.errors import IntegrityError
+from memopt.errors import InputRefused, IntegrityError
 from memopt.image import MAX_PIXELS, MAX_SIDE, check_size, read_image, to_color
 from memopt.tensors import Array
 
@@ -149,13 +151,49 @@ def _decode(step: Step) -> _Function:
 
 
 def _resize(step: Step) -> _Function:
-    size = step.get("size")
-    if not isinstance(size, (list, tuple)) or len(size) != 2 or any(type(side) is not int for side in size):
+    if ("size" in step) == ("shorter" in step):
+        raise ValueError("it has neither or both of size and shorter")
+    if "size" in step:
+        size = _size(step["size"])
+        return lambda images: resize(images, size)
+    shorter, _ = _size([step["shorter"], 1])
+    return lambda images: resize(images, _sides(images.shape[1], images.shape[2], shorter))
+
+
+def _sides(height: int, width: int, shorter: int) -> tuple[int, int]:
+    """Height and width with the shorter side so long; the longer one is rounded down, as by torchvision.
+
+    >>> _sides(480, 640, 256), _sides(500, 300, 30)
+    ((256, 341), (50, 30))
+    """
+    least = min(height, width)
+    return (height * shorter // least, width * shorter // least)
+
+
+def _crop(step: Step) -> _Function:
+    height, width = _size(step.get("size"))
+
+    def crop(images: Array) -> Array:
+        top, left = (_margin(have, want) for have, want in zip(images.shape[1:3], (height, width), strict=True))
+        return images[:, top : top + height, left : left + width]
+
+    return crop
+
+
+def _margin(have: int, want: int) -> int:
+    """Pixels before the middle: half of what is left, to the even number where that lies between two."""
+    if want > have:
+        raise InputRefused(f"a picture of {have} pixels has no middle of {want}", hint="resize before crop")
+    return round((have - want) / 2)
+
+
+def _size(value: Any) -> tuple[int, int]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or any(type(side) is not int for side in value):
         raise ValueError("size is not two whole numbers")
-    height, width = size
+    height, width = value
     if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE and height * width <= MAX_PIXELS):
         raise ValueError(f"a side has 1 to {MAX_SIDE} pixels, all together are at most {MAX_PIXELS}")
-    return lambda images: resize(images, (height, width))
+    return height, width
 
 
 def _scale(step: Step) -> _Function:
@@ -204,7 +242,8 @@ def _show(step: Step) -> str:
 # In the order in which they may stand: what makes each, and what it looks like.
 _OPS: dict[str, tuple[Callable[[Step], _Function], str]] = {
     "decode": (_decode, '{"op": "decode", "color": "gray" or "rgb"}'),
-    "resize": (_resize, '{"op": "resize", "size": [height, width]}'),
+    "resize": (_resize, '{"op": "resize", "size": [height, width]} or "shorter": pixels'),
+    "crop": (_crop, '{"op": "crop", "size": [height, width]}'),
     "scale": (_scale, '{"op": "scale", "factor": 0.00392}'),
     "normalize": (_normalize, '{"op": "normalize", "mean": [0.5], "std": [0.25]}'),
     "layout": (_layout, '{"op": "layout", "to": "NCHW"}'),

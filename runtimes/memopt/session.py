@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from memopt.arena import MemoryPool
 from memopt.artifact import Artifact
 from memopt.tensors import Array, TensorSpec
 
@@ -35,6 +36,9 @@ class Session(Protocol):
             InputRefused: names, dtypes or shapes do not fit.
             BackendError: the library failed.
         """
+
+    def trim(self) -> None:
+        """Gives back what the session holds without being used; the next run takes it again."""
 
     def close(self) -> None:
         """Frees what the session holds; closing twice is harmless. A later `run` raises BackendError."""
@@ -67,15 +71,21 @@ class Runtime(Protocol):
     def refuses(self, artifact: Artifact) -> str | None:
         """Why this artifact cannot be opened here; None when it can."""
 
-    def open(self, artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> Session:
+    def open(
+        self, artifact: Artifact, *, device: str = "cpu", threads: int = 0, profile: str = "balanced",
+        pool: MemoryPool | None = None,
+    ) -> Session:  # fmt: skip
         """A session.
 
         Args:
             artifact: what to open.
             device: one of DEVICES; never another one than was asked for.
             threads: threads within one operator; 0 lets the library choose.
+            profile: what it may cost: "fast", "balanced" or "minimum" (memory).
+            pool: the memory that it shares with other sessions, where the runtime can.
 
         Raises:
+            UsageError: no such profile.
             BackendError: the runtime or device is not available, or refuses the artifact.
             IntegrityError: the bytes are not what the manifest says.
         """

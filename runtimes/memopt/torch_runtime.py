@@ -11,15 +11,17 @@ import math
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from memopt.arena import MemoryPool
 from memopt.artifact import Artifact
 from memopt.errors import BackendError, InputRefused, IntegrityError, OutOfResource, first_line
+from memopt.ort_options import profile_named
 from memopt.strict_json import from_json
 from memopt.tensors import Array, TensorSpec, check_feeds
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 NAME = "torch"
 DEVICES = ("cpu", "cuda")
+COMPILED = "fast"  # the profile that compiles
 # The entry of a .pt2 file that names inputs and outputs: {"inputs": [...], "outputs": [...]}, TensorSpecs as JSON.
 SPECS = "memopt.json"
 _MAX_SPECS_BYTES, _MAX_CONFIG_BYTES, _MAX_SAMPLES_BYTES = 2**20, 16 * 2**20, 64 * 2**10
@@ -112,8 +115,16 @@ def refuses(artifact: Artifact) -> str | None:
     return None if artifact.path else "torch opens .pt2 files only from a path"
 
 
-def open(artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> TorchSession:  # noqa: A001  # the arrow's name
-    """A session on this device; see `memopt.session.Runtime.open`."""
+def open(  # noqa: A001  # the arrow's name
+    artifact: Artifact, *, device: str = "cpu", threads: int = 0, profile: str = "balanced",
+    pool: MemoryPool | None = None,
+) -> TorchSession:  # fmt: skip
+    """A session on this device; see `memopt.session.Runtime.open`.
+
+    Profile "fast" compiles the program at its first run, which takes a compiler and up to minutes; the others run it
+    eagerly. torch has an allocator of its own, and no use for a pool.
+    """
+    profile_named(profile)
     reason = refuses(artifact) or unavailable(device)
     if reason or artifact.path is None:
         raise BackendError(reason or "torch opens .pt2 files only from a path")
@@ -126,7 +137,10 @@ def open(artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> TorchS
     _check_file(artifact.path)
     module = _load(artifact.path, artifact.name)
     try:
-        return TorchSession(artifact.name, module.to(device), specs, device)
+        placed = module.to(device)
+        compiled = profile == COMPILED
+        function = torch.compile(placed) if compiled else placed
+        return TorchSession(artifact.name, function, specs, device, compiled=compiled)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfResource(f"torch has no memory for {artifact.name} on {device}: {first_line(error)}") from error
     except RuntimeError as error:
@@ -159,12 +173,13 @@ class TorchSession:
     """An exported program on one device. Threads may share it."""
 
     def __init__(
-        self, name: str, module: torch.nn.Module, specs: dict[str, tuple[TensorSpec, ...]], device: str
-    ) -> None:
+        self, name: str, module: Callable[..., Any], specs: dict[str, tuple[TensorSpec, ...]], device: str, *,
+        compiled: bool = False,
+    ) -> None:  # fmt: skip
         self._name, self._device = name, device
-        self._module: torch.nn.Module | None = module
+        self._module: Callable[..., Any] | None = module
         self.inputs, self.outputs = specs["inputs"], specs["outputs"]
-        self.placement = f"torch {device}"
+        self.placement = f"torch {device}" + (", compiled" if compiled else "")
         self.device_bytes: int | None = None
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
@@ -185,6 +200,13 @@ class TorchSession:
             raise OutOfResource(f"torch ran out of memory in {self._name}: {first_line(error)}") from error
         except Exception as error:  # a program from elsewhere makes torch raise whatever it trips over
             raise BackendError(f"torch failed in {self._name}: {first_line(error)}") from error
+
+    def trim(self) -> None:
+        """Gives back what torch has cached on the device; on the CPU it caches nothing."""
+        import torch
+
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Frees the module."""

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
+from memopt.arena import MemoryPool
 from memopt.artifact import Artifact, release_pages
 from memopt.cuda_driver import LIBRARY, DeviceBuffer, Driver, HostBuffer, Stream, open_driver
 from memopt.errors import BackendError, InputRefused, OutOfResource, first_line
@@ -95,8 +96,11 @@ class TrtRuntime:
         mismatch = next((text for check in checks if (text := check(info))), None)
         return f"{artifact.name} {mismatch}; hint: {self._rebuild(info)}" if mismatch else None
 
-    def open(self, artifact: Artifact, *, device: str = "cuda", threads: int = 0) -> TrtSession:
-        """A session; see `memopt.session.Runtime.open`. `threads` means nothing on a GPU.
+    def open(
+        self, artifact: Artifact, *, device: str = "cuda", threads: int = 0, profile: str = "balanced",
+        pool: MemoryPool | None = None,
+    ) -> TrtSession:  # fmt: skip
+        """A session; see `memopt.session.Runtime.open`. Threads, profile and pool mean nothing here: engines are built.
 
         Raises:
             BackendError: not available here, or the engine does not fit library, platform or GPU.
@@ -213,6 +217,9 @@ class TrtSession:
                 port.fetch(self._stream)
             self._driver.synchronize(self._stream)
             return [port.array() for port in outputs]
+
+    def trim(self) -> None:
+        """Nothing yet: what an engine holds, its next run needs."""
 
     def close(self) -> None:
         """Frees the engine and all buffers; a later run raises BackendError. Closing twice is harmless."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from exported import exported
 from marks import Mark, report
 
 from memopt.archive import Entry
@@ -114,7 +115,7 @@ def _damage(details: dict[str, Any]) -> list[Mark]:
 
 def _memory(folder: Path, details: dict[str, Any]) -> list[Mark]:
     """Private memory after load: the plain .onnx, the portable variant, and the one optimized for this processor."""
-    plain = _resnet50(folder / "resnet50.onnx")
+    plain = exported("resnet50")
     part = OnnxPart("portable", "resnet50", load_graph(plain, checked=True))
     optimized, path = specialize(part), folder / "resnet50.mopt"
     pack(Contents("resnet50", (part, optimized)), path)
@@ -177,20 +178,6 @@ def _large_graph() -> Graph:
     ends = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 1024])] for name in ("input", "output"))
     graph = helper.make_graph(nodes, "large", *ends, weights)
     return Graph(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), "0" * 64)
-
-
-def _resnet50(path: Path) -> Path:
-    """torchvision's network with random weights, exported by torch alone."""
-    import torch
-    import torchvision
-
-    torch.manual_seed(0)
-    torch.onnx.export(
-        torchvision.models.resnet50(weights=None).eval(), (torch.zeros(2, 3, 224, 224),), str(path), dynamo=True,
-        external_data=False, verbose=False, input_names=["input"], output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-    )  # fmt: skip
-    return path
 
 
 def _mib(size: int | None) -> float | None:

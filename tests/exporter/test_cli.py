@@ -155,7 +155,7 @@ REFUSED = [
     (("run", "tiny.mopt", "none.png"), 3, "'none.png' cannot be read"),
     (("run", "tiny.mopt", "none.png", "--device", "npu"), 2, "device 'npu' is not known"),
     (("run", "tiny.mopt", "none.png", "--device", "tensorrt"), 5, "nothing that runs on tensorrt"),
-    (("run", "tiny.mopt", "none.png", "--memory-limit", "1MiB"), 6, "nothing fits into 1.00 MiB"),
+    (("run", "tiny.mopt", "none.png", "--memory-limit", "1MiB"), 6, "large needs 8.06 MiB at batch 1, limit 1.00 MiB"),
     (("compare", "tiny.onnx", "--runtimes", "tvm", "--data", "data.npz"), 2, "runtime 'tvm' is not known"),
     (("compare", "tiny.onnx", "--data", "none.npz"), 3, "none.npz"),
     (("compare", "tiny.onnx", "--data", "data.npz", "--devices", "gpu"), 2, "device 'gpu' is not known"),

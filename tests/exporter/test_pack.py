@@ -16,6 +16,7 @@ from memopt.archive import PAGE
 from memopt.bundle import open_bundle
 from memopt.errors import InputRefused, IntegrityError, UsageError
 from memopt.manifest import EngineInfo, Profile
+from memopt.preprocess import prepare
 from memopt.tensors import Array
 from memopt_export.external_weights import SMALLEST_FILE_BYTES, split
 from memopt_export.graph import Graph, load_graph, run_graph
@@ -192,3 +193,12 @@ def test_a_graph_with_little_to_move_stays_whole(tiny_contents: Contents) -> Non
     small = tiny_contents.graphs[1].graph
     assert sum(small.weights_bytes().values()) < SMALLEST_FILE_BYTES
     assert split(small, "weights.data") == (small.data, b"")
+
+
+def test_pictures_that_are_not_those_of_the_inputs_are_refused(tiny_contents: Contents, tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 9, 9, 1)).astype(np.uint8)
+    with pytest.raises(InputRefused, match="does not make the golden inputs of the golden pictures"):
+        pack(replace(tiny_contents, golden_pictures=pictures), tmp_path / "x.mopt")
+    inputs = {"input": prepare(pictures, tiny_contents.preprocess)}
+    pack(replace(tiny_contents, golden_pictures=pictures, golden_inputs=inputs), tmp_path / "x.mopt")
+    assert np.array_equal(open_bundle(tmp_path / "x.mopt").golden_pictures(), pictures)

@@ -94,7 +94,7 @@ def test_it_is_opened_as_it_is_with_its_weights_mapped(bundle: Path, here: CpuTa
     assert artifact.weights is not None
     assert np.frombuffer(artifact.weights, np.uint8).ctypes.data % PAGE == 0
     session = ort_runtime.open(artifact)
-    options = session._session.get_session_options()
+    options = session._opened.session.get_session_options()
     assert options.graph_optimization_level.name == "ORT_DISABLE_ALL"
     assert options.get_session_config_entry("session.disable_prepacking") == "1"
     assert session.run({"input": tiny_inputs})[0].shape == (32, 3)
@@ -111,7 +111,7 @@ def test_int8_is_packed_anew_at_load_for_its_kernels_read_no_plain_weights(
     made = specialize(part)
     pack(Contents("x", (part, made), golden_inputs=samples.feeds), tmp_path / "x.mopt")
     session = ort_runtime.open(open_bundle(tmp_path / "x.mopt").artifact(made.id))
-    entries = session._session.get_session_options()
+    entries = session._opened.session.get_session_options()
     with pytest.raises(RuntimeError, match="disable_prepacking"):
         entries.get_session_config_entry("session.disable_prepacking")
     got, expected = session.run(samples.feeds)[0], run_graph(part.graph, samples.feeds)[0]

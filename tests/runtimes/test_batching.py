@@ -100,6 +100,9 @@ class Scaled:
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         return [feeds["x"] * feeds["scale"]]
 
+    def trim(self) -> None:
+        """Nothing to give back."""
+
     def close(self) -> None:
         """Nothing to free."""
 

@@ -10,6 +10,7 @@ import pytest
 
 from memopt.bundle import MANIFEST, Bundle, open_bundle
 from memopt.errors import InputRefused, IntegrityError, MemoptError, UsageError
+from memopt.preprocess import prepare
 from memopt_export.pack import Contents, pack
 
 
@@ -29,6 +30,14 @@ def test_file_and_folder_hold_the_same(tiny_bundle: Path, folder: Path) -> None:
 def test_bundle_is_unchanged_when_the_file_moves(tiny_bundle: Path, tmp_path: Path) -> None:
     moved = shutil.copy(tiny_bundle, tmp_path / "elsewhere.mopt")
     assert open_bundle(moved).manifest == open_bundle(tiny_bundle).manifest
+
+
+def test_a_device_can_hold_its_preprocessing_against_the_golden_pictures() -> None:
+    bundle = open_bundle(Path(__file__).parent / "golden" / "schema-1.3.mopt")
+    pictures = bundle.golden_pictures()
+    assert pictures is not None
+    assert np.array_equal(prepare(pictures, bundle.manifest.preprocess), bundle.golden_inputs()["input"])
+    assert open_bundle(Path(__file__).parent / "golden" / "schema-1.2.mopt").golden_pictures() is None
 
 
 def test_labels_and_golden_samples_are_read(tiny_bundle: Path) -> None:

@@ -14,7 +14,7 @@ from memopt.batching import MemoryCurve
 from memopt.bundle import Bundle, open_bundle
 from memopt.choice import choose
 from memopt.errors import BackendError, InputRefused, IntegrityError, OutOfResource, UsageError
-from memopt.manifest import File
+from memopt.manifest import File, MemoryPoint
 from memopt.model import Model
 from memopt.tensors import Array
 
@@ -108,8 +108,11 @@ def test_a_tight_limit_takes_the_most_accurate_that_fits_and_says_so(tiny_bundle
 
 
 def test_a_limit_that_nothing_meets_names_the_least_that_is_needed(tiny_bundle: Path) -> None:
-    with pytest.raises(OutOfResource, match=r"smallest variant, small, needs 2\.06 MiB at batch 1"):
+    needs = r"^large needs 8\.06 MiB at batch 1, limit {} MiB; smallest variant: small 2\.06 MiB; hint: {}$"
+    with pytest.raises(OutOfResource, match=needs.format(r"1\.00", "memory_limit=2162688")):
         memopt.load(tiny_bundle, device="cpu", memory_limit="1MiB")
+    with pytest.raises(OutOfResource, match=needs.format(r"4\.00", "variant='small'")):
+        memopt.load(tiny_bundle, device="cpu", variant="large", memory_limit="4MiB")
 
 
 def test_a_variant_at_exactly_the_allowed_drop_is_accurate(tiny_bundle: Path) -> None:
@@ -224,3 +227,114 @@ def test_the_bundle_may_be_replaced_while_it_is_open(tiny_bundle: Path, tmp_path
         before = opened(tiny_inputs)
         write_atomically(copy, b"something else", force=True)
         assert np.array_equal(opened(tiny_inputs), before)
+
+
+@pytest.fixture(scope="module")
+def optimistic(chain_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that claims to need far less than it does: 1 KiB for each picture, of which two take 128."""
+    from memopt_export.graph import load_graph
+    from memopt_export.pack import Contents, OnnxPart, pack
+
+    points = tuple(MemoryPoint(batch, 2**20 + batch * 2**10, 0, 0, "by hand", "onnxruntime") for batch in (1, 64))
+    path = tmp_path_factory.mktemp("optimistic") / "x.mopt"
+    pack(Contents("chain", (OnnxPart("chain", "chain", load_graph(chain_file, checked=True), {}, points),)), path)
+    return path
+
+
+def chain_inputs(count: int) -> Array:
+    return np.random.default_rng(count).normal(size=(count, 1, 128, 128)).astype(np.float32)
+
+
+def test_a_batch_without_memory_is_halved_once_and_said(optimistic: Path) -> None:
+    with memopt.load(optimistic, device="cpu") as unlimited:
+        expected = unlimited(chain_inputs(24))
+    with memopt.load(optimistic, device="cpu", memory_limit="3MiB") as model:  # 2 MiB of it for activations
+        assert model._batch == 64  # as promised
+        assert np.array_equal(model(chain_inputs(24)), expected)
+        assert model.why[-1].startswith(
+            "chain: no memory for batch 24, 12 from now on: onnxruntime failed in chain: out"
+        )
+        assert np.array_equal(model(chain_inputs(24)), expected)
+        assert len([line for line in model.why if "no memory" in line]) == 1
+
+
+def test_a_batch_without_memory_for_its_half_fails(optimistic: Path) -> None:
+    with memopt.load(optimistic, device="cpu", memory_limit="2MiB") as model:
+        with pytest.raises(OutOfResource, match="out of memory"):
+            model(chain_inputs(64))
+        assert model(chain_inputs(4)).shape == (4, 1, 128, 128)
+
+
+def test_an_overrun_of_the_limit_is_an_error_and_not_growth(optimistic: Path) -> None:
+    from memopt.memory import give_back, read_host_memory
+
+    with memopt.load(optimistic, device="cpu", memory_limit="2MiB") as model:
+        model(chain_inputs(1))
+        feeds = {"input": chain_inputs(64)}
+        give_back()
+        before = read_host_memory()
+        try:
+            model.run(None, feeds)
+        except OutOfResource:  # and not pytest.raises, which keeps the frames with all that is in them
+            failed = True
+        give_back()
+        grown = read_host_memory().above(before).private_bytes
+    assert failed
+    assert grown is not None
+    assert grown < 2 * 2**20
+
+
+def test_a_limit_leaves_the_rest_to_other_models(optimistic: Path, tiny_bundle: Path, tiny_inputs: Array) -> None:
+    pool = memopt.MemoryPool("3MiB")
+    with (
+        memopt.load(optimistic, device="cpu", pool=pool) as one,
+        memopt.load(tiny_bundle, device="cpu", variant="large", pool=pool) as other,
+    ):
+        for _ in range(2):
+            assert one(chain_inputs(8)).shape[0] == 8
+            assert other(tiny_inputs).shape == (32, 3)
+        with pytest.raises(OutOfResource):
+            one.run(None, {"input": chain_inputs(64)})
+        assert other(tiny_inputs).shape == (32, 3)
+
+
+def test_trim_gives_back_and_the_next_run_takes_it_again(model: Model, tiny_inputs: Array) -> None:
+    before = model(tiny_inputs)
+    held = model.memory().phases["steady"].private_bytes
+    model.trim()
+    left = model.memory().phases["steady"].private_bytes
+    assert held is not None
+    assert left is not None
+    assert left < held
+    assert np.array_equal(model(tiny_inputs), before)
+
+
+@pytest.mark.parametrize("profile", ["fast", "balanced", "minimum"])
+def test_every_profile_computes_the_same(tiny_bundle: Path, tiny_inputs: Array, model: Model, profile: str) -> None:
+    with memopt.load(tiny_bundle, device="cpu", variant="large", profile=profile) as other:
+        np.testing.assert_allclose(other(tiny_inputs), model(tiny_inputs), rtol=1e-5)
+    with pytest.raises(UsageError, match="profile 'x' is not known; hint: fast, balanced, minimum"):
+        memopt.load(tiny_bundle, device="cpu", profile="x")
+
+
+def test_loading_running_and_closing_leaves_neither_files_nor_memory(tiny_bundle: Path, tiny_inputs: Array) -> None:
+    from memopt.memory import give_back, read_host_memory
+
+    def cycle(runs: int) -> None:
+        with memopt.load(tiny_bundle, device="cpu", variant="large", threads=1) as opened:
+            for _ in range(runs):
+                opened(tiny_inputs[:1])
+
+    def held() -> tuple[int, int]:
+        give_back()
+        private = read_host_memory().private_bytes
+        assert private is not None
+        return private, len(list(Path("/proc/self/fd").iterdir()))
+
+    cycle(200)
+    before, files_before = held()
+    for _ in range(10):
+        cycle(200)
+    after, files_after = held()
+    assert files_after <= files_before
+    assert after - before < 2 * 2**20  # of 2,000 runs and 10 loads

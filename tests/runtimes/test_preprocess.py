@@ -45,7 +45,30 @@ def test_one_picture_and_a_batch_are_prepared_alike() -> None:
     assert np.array_equal(together, np.concatenate([prepare(p[None], steps) for p in pictures]))
 
 
+@pytest.mark.parametrize("have", [(480, 640), (640, 480), (31, 300), (224, 224), (225, 230)])
+def test_shorter_side_and_crop_are_torchvisions(have: tuple[int, int]) -> None:
+    import torch
+    from torchvision.transforms.v2 import functional
+
+    picture = np.random.default_rng(1).integers(0, 256, (1, *have, 3)).astype(np.uint8)
+    steps = ({"op": "resize", "shorter": 64}, {"op": "crop", "size": [55, 56]})
+    got = prepare(picture, steps)
+    tensor = torch.from_numpy(picture[0].transpose(2, 0, 1))
+    theirs = functional.center_crop(functional.resize(tensor, [64], antialias=True), [55, 56])
+    assert np.abs(got[0].transpose(2, 0, 1).astype(int) - theirs.numpy().astype(int)).max() <= 1
+
+
+def test_a_crop_larger_than_the_picture_is_refused() -> None:
+    with pytest.raises(InputRefused, match="a picture of 8 pixels has no middle of 9; hint: resize before crop"):
+        prepare(np.zeros((1, 8, 8, 1), np.uint8), ({"op": "crop", "size": [9, 9]},))
+
+
 IMPOSSIBLE = [
+    {"op": "crop"},
+    {"op": "crop", "size": [8]},
+    {"op": "resize", "size": [8, 8], "shorter": 8},
+    {"op": "resize", "shorter": 8.5},
+    {"op": "resize", "shorter": 0},
     {},
     {"op": "rotate"},
     {"op": ["decode"]},
@@ -108,7 +131,7 @@ def test_a_step_that_could_never_run_is_refused_in_one_short_line(step: dict[str
     ],
 )
 def test_steps_out_of_order_are_refused(steps: list[dict[str, object]]) -> None:
-    with pytest.raises(IntegrityError, match=r"comes too late; hint: decode, resize, scale, normalize, layout$"):
+    with pytest.raises(IntegrityError, match=r"comes too late; hint: decode, resize, crop, scale, normalize, layout$"):
         check_steps(steps)
 
 

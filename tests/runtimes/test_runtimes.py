@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memopt.arena import MemoryPool
 from memopt.artifact import Artifact, open_artifact
 from memopt.batching import run_in_batches
 from memopt.bundle import open_bundle
@@ -35,6 +36,9 @@ class FakeSession:
         check_feeds(self.inputs, feeds)
         return [feeds["input"].sum(axis=(1, 2, 3))[:, None] * np.array([[1, 2, 3]], np.float32)]
 
+    def trim(self) -> None:
+        pass
+
     def close(self) -> None:
         self.closed = True
 
@@ -58,7 +62,10 @@ class FakeRuntime:
     def refuses(self, artifact: Artifact) -> str | None:
         return None
 
-    def open(self, artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> Session:
+    def open(
+        self, artifact: Artifact, *, device: str = "cpu", threads: int = 0, profile: str = "balanced",
+        pool: MemoryPool | None = None,
+    ) -> Session:  # fmt: skip
         reason = self.unavailable(device)
         if reason:
             raise BackendError(reason)
@@ -199,6 +206,19 @@ def test_a_device_that_is_not_there_is_refused_and_never_replaced(opened: tuple[
     assert str(caught.value) == reason
 
 
+def test_a_silent_fallback_of_the_library_is_found_out(
+    onnx_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from memopt import ort_runtime
+
+    if ort_runtime.unavailable("cuda") is None:
+        pytest.skip("this machine has a working CUDA device, so nothing falls back")
+    monkeypatch.setattr(ort_runtime, "unavailable", lambda device: None)  # as if the driver were there
+    for device in ("cuda", "tensorrt"):
+        with pytest.raises(BackendError, match=r"fell back to CPUExecutionProvider, .*ExecutionProvider was asked for"):
+            ort_runtime.open(open_artifact(onnx_file), device=device)
+
+
 def test_mapped_and_inlined_weights_compute_the_same(
     onnx_file: Path, tiny_bundle: Path, tiny_graph: Graph, tiny_inputs: Array
 ) -> None:
@@ -239,6 +259,23 @@ def test_a_broken_model_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.pt2").write_bytes(b"not a program")
     with pytest.raises(InputRefused, match="does not name its inputs"):
         RUNTIMES["torch"].open(open_artifact(tmp_path / "x.pt2"))
+
+
+@pytest.mark.slow
+def test_a_compiled_program_computes_what_an_eager_one_does(torch_program: Path, tiny_inputs: Array) -> None:
+    artifact = open_artifact(torch_program)
+    eager = RUNTIMES["torch"].open(artifact)
+    compiled = RUNTIMES["torch"].open(artifact, profile="fast")
+    assert (eager.placement, compiled.placement) == ("torch cpu", "torch cpu, compiled")
+    for batch in (1, 7, 32):
+        feeds = {"input": tiny_inputs[:batch]}
+        np.testing.assert_allclose(compiled.run(feeds)[0], eager.run(feeds)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_profile_is_refused_by_every_runtime(torch_program: Path, onnx_file: Path) -> None:
+    for name, path in (("torch", torch_program), ("onnxruntime", onnx_file)):
+        with pytest.raises(UsageError, match="profile 'slow' is not known"):
+            RUNTIMES[name].open(open_artifact(path), profile="slow")
 
 
 def test_an_unknown_runtime_is_refused_with_the_names() -> None:
