@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from memopt.errors import printable
+from memopt.memory import STEADY
 from memopt.report import COLUMNS, Report, Row, columns_of
 from memopt.sizes import show_size
 from memopt.strict_json import to_json
@@ -280,10 +281,10 @@ def _verdict_facts(verdict: Verdict) -> dict[str, object]:
         facts["top-1"] = f"{100 * verdict.top1:.2f}%, float {100 * verdict.float_top1:.2f}%"
     if verdict.measured is not None and verdict.float_measured is not None:
         after, before = verdict.measured, verdict.float_measured
-        now, was = after.bill.phases["steady"], before.bill.phases["steady"]
+        now, was = after.bill.phases[STEADY], before.bill.phases[STEADY]
         facts["latency"] = f"{after.p50_ms:.3g} ms at batch {verdict.batch}, float {before.p50_ms:.3g} ms"
         facts["private"] = f"{show_size(now.private_bytes)}, float {show_size(was.private_bytes)}"
-        facts["peak"] = f"{show_size(now.peak_bytes)}, float {show_size(was.peak_bytes)}"
+        facts["peak"] = f"{show_size(after.bill.peak_bytes)}, float {show_size(before.bill.peak_bytes)}"
     return facts
 
 

@@ -20,6 +20,7 @@ from memopt.cuda_driver import open_driver
 from memopt.errors import BackendError, InputRefused, MemoptError
 from memopt.files import refuse_to_overwrite, sha256_file, write_atomically
 from memopt.manifest import MemoryPoint, Stage
+from memopt.memory import STEADY
 from memopt.ort_runtime import NAME as ORT
 from memopt.probe import Request, measure
 from memopt.report import Report, read_report
@@ -398,8 +399,9 @@ def _measure_points(built: Built, samples: Samples) -> list[MemoryPoint]:
         points = []
         for batch in MEASURED_BATCHES:
             request = Request(str(folder / "draft.mopt"), ORT, "cpu", batch, inputs, variant=built.id, runs=10)
-            steady = measure(request).bill.phases["steady"]
-            sizes = (steady.private_bytes, steady.file_backed_bytes, steady.peak_bytes)
+            bill = measure(request).bill
+            steady = bill.phases[STEADY]
+            sizes = (steady.private_bytes, steady.file_backed_bytes, bill.peak_bytes)
             points.append(MemoryPoint(batch, *sizes, steady.method, ORT))
         return points
 

@@ -15,6 +15,7 @@ from memopt.artifact import Artifact, open_artifact
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import InputRefused, MemoptError, UsageError
 from memopt.manifest import EngineInfo, Profile, Variant
+from memopt.memory import STEADY
 from memopt.probe import Measurement, Request, measure
 from memopt.report import Report, Row
 from memopt.runtimes import RUNTIMES
@@ -196,6 +197,7 @@ def _opens(name: str, artifact: Artifact) -> bool:
 def _measure_cell(cell: Cell, files: dict[str, str], outputs: Path) -> tuple[Row, Array | None]:
     row = _empty_row(cell)
     engine = cell.subject.artifact.engine
+    outputs.mkdir()
     try:
         if cell.reason is not None:
             return replace(row, reason=cell.reason), None
@@ -210,7 +212,7 @@ def _measure_cell(cell: Cell, files: dict[str, str], outputs: Path) -> tuple[Row
             cell.subject.variant,
             outputs=str(outputs),
         )
-        return _filled(row, measure(request)), np.load(outputs) if outputs.exists() else None
+        return _filled(row, measure(request)), np.load(outputs / "0.npy") if (outputs / "0.npy").exists() else None
     except MemoptError as error:
         return replace(row, reason=error.problem), None
 
@@ -244,13 +246,13 @@ def _profile(engine: EngineInfo, batch: int) -> Profile | None:
 
 
 def _filled(row: Row, found: Measurement) -> Row:
-    steady = found.bill.phases["steady"]
+    steady = found.bill.phases[STEADY]
     return replace(
         row,
         private_bytes=steady.private_bytes,
         file_backed_bytes=steady.file_backed_bytes,
-        peak_bytes=steady.peak_bytes,
-        device_bytes=found.bill.device.used_bytes,
+        peak_bytes=found.bill.peak_bytes,
+        device_bytes=found.bill.device[STEADY].best[0] if found.bill.device else None,
         load_ms=found.load_ms,
         p50_ms=found.p50_ms,
         p95_ms=found.p95_ms,

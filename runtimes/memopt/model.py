@@ -16,7 +16,7 @@ from memopt.bundle import Bundle, open_bundle
 from memopt.choice import Choice, choose
 from memopt.errors import InputRefused, OutOfResource, UsageError
 from memopt.manifest import Variant
-from memopt.memory import Bill, DeviceMemory, give_back, read_host_memory
+from memopt.memory import IMPORT, LOAD, STEADY, Bill, DeviceMemory, give_back, read_host_memory
 from memopt.preprocess import prepare, prepare_file
 from memopt.runtimes import RUNTIMES
 from memopt.signature import PublicKey
@@ -194,8 +194,9 @@ class Model:
         the model's.
         """
         steady = replace(read_host_memory().above(self._baseline), peak_bytes=None)
-        device = DeviceMemory(allocator_bytes=self._session.device_bytes, method="the session's own account")
-        return Bill({"import": self._baseline, "load": self._loaded, "steady": steady}, device)
+        methods = {"allocator_bytes": self._session.device_method}
+        device = DeviceMemory(allocator_bytes=self._session.device_bytes, methods=methods)
+        return Bill({IMPORT: self._baseline, LOAD: self._loaded, STEADY: steady}, {STEADY: device})
 
     def close(self) -> None:
         """Frees the session; a later run raises BackendError. Closing twice is harmless."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memopt.artifact import Artifact
+from memopt.artifact import Artifact, release_pages
 from memopt.errors import BackendError, InputRefused, OutOfResource, first_line
 from memopt.tensors import Array, TensorSpec, check_feeds
 
@@ -118,6 +118,7 @@ class OrtSession:
         self._output_names = [spec.name for spec in self.outputs]
         self.placement: str = session.get_providers()[0]
         self.device_bytes: int | None = None
+        self.device_method = "unknown: ONNX Runtime's Python API does not tell what its allocators hold"
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs, in order; see `memopt.session.Session.run`."""
@@ -129,6 +130,11 @@ class OrtSession:
             return [np.asarray(output) for output in session.run(self._output_names, dict(feeds))]
         except library_errors() as error:
             raise _as_ours(error, f"onnxruntime failed in {self._artifact.name}") from error
+
+    def trim(self) -> None:
+        """Lets the kernel drop the resident pages of the mapped weights."""
+        if self._artifact.weights is not None:
+            release_pages(self._artifact.weights)
 
     def close(self) -> None:
         """Frees the session."""

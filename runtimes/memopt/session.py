@@ -28,6 +28,10 @@ class Session(Protocol):
     def device_bytes(self) -> int | None:
         """What the session holds on the device by its own account; None when it cannot tell."""
 
+    @property
+    def device_method(self) -> str:
+        """How `device_bytes` is known, or why it is not."""
+
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs, in order. The arrays belong to the caller.
 
@@ -35,6 +39,9 @@ class Session(Protocol):
             InputRefused: names, dtypes or shapes do not fit.
             BackendError: the library failed.
         """
+
+    def trim(self) -> None:
+        """Gives idle memory back; the next run works as before."""
 
     def close(self) -> None:
         """Frees what the session holds; closing twice is harmless. A later `run` raises BackendError."""

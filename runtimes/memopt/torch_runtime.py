@@ -165,7 +165,16 @@ class TorchSession:
         self._module: torch.nn.Module | None = module
         self.inputs, self.outputs = specs["inputs"], specs["outputs"]
         self.placement = f"torch {device}"
-        self.device_bytes: int | None = None
+        self.device_method = "torch.cuda.memory_reserved" if device == "cuda" else "unknown: it runs on the CPU"
+
+    @property
+    def device_bytes(self) -> int | None:
+        """What torch's allocator has reserved on the device, for all of this process; None on the CPU."""
+        if self._device != "cuda":
+            return None
+        import torch
+
+        return torch.cuda.memory_reserved()
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs, in order; see `memopt.session.Session.run`."""
@@ -185,6 +194,13 @@ class TorchSession:
             raise OutOfResource(f"torch ran out of memory in {self._name}: {first_line(error)}") from error
         except Exception as error:  # a program from elsewhere makes torch raise whatever it trips over
             raise BackendError(f"torch failed in {self._name}: {first_line(error)}") from error
+
+    def trim(self) -> None:
+        """Gives back what torch's allocator has reserved on the device and does not use."""
+        import torch
+
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Frees the module."""
