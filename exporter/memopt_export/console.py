@@ -69,10 +69,8 @@ def measuring() -> Iterator[compare.Listener]:
     """Shows what is being measured, and each row as it is finished."""
     with _progress_line() as line:
         yield compare.Listener(
-            lambda cell, number, total: line.overwrite(
-                f"  {number}/{total} {cell.subject.name} on {cell.runtime} {cell.device}, batch {cell.batch} …"
-            ),
-            lambda row: line.stay(f"  {row.name} on {row.place}: {_brief(row)}"),
+            lambda cell, number, total: line.overwrite(f"  {number}/{total} {cell.key} …"),
+            lambda row: line.stay(f"  {row.key}: {_brief(row)}"),
         )
 
 
@@ -377,7 +375,7 @@ def _draw_report(console: Console, report: Report) -> None:
     for row in report.rows:
         if (row.leak_bytes_per_1000_runs or 0) >= LEAK_BYTES:
             grown = show_size(row.leak_bytes_per_1000_runs)
-            _say(console, f"grows: {row.name} on {row.place}, by {grown} of private memory in 1,000 runs", style="bold")
+            _say(console, f"grows: {row.key}, by {grown} of private memory in 1,000 runs", style="bold")
     for line in report.gate.lines() if report.gate is not None else ():
         _say(console, line, style="bold" if line.startswith(("worse", "broken")) else None)
 

@@ -65,6 +65,11 @@ class Row:
         """Where and how it ran, such as "onnxruntime cpu, batch 8"."""
         return f"{self.runtime} {self.device}, batch {self.batch}"
 
+    @property
+    def key(self) -> str:
+        """What is measured, such as "int8.onnx on onnxruntime cpu, batch 8"; in a report no two rows have the same."""
+        return f"{self.name} on {self.place}"
+
 
 @dataclass(frozen=True)
 class Report:

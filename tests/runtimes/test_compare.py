@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from memopt.accuracy import agreement, sqnr_db, topk
-from memopt.compare import Given, Listener, cells, compare, subjects
+from memopt.compare import Given, Listener, cells, compare, retimed, subjects
 from memopt.errors import BackendError, InputRefused, OutOfResource, UsageError
 from memopt.judgement import Judgement
 from memopt.memory import PHASES
@@ -99,6 +100,19 @@ def test_the_confusion_and_a_metric_of_ones_own_are_counted_on_all_samples(repor
         assert row.metric > 0
         assert row.top5 is None  # of three classes, all are among the first five
     assert report.metric == "tests:spread"
+
+
+def test_of_two_timings_the_shorter_counts_and_ratios_follow(report: Report) -> None:
+    large, small = report.rows[2], report.rows[4]
+    assert large.p50_ms is not None
+    assert small.p50_ms is not None
+    slower = replace(large, p50_ms=large.p50_ms * 2)
+    faster = replace(small, p50_ms=small.p50_ms / 4, p99_ms=0.5, top1=0.0)
+    found = retimed(report, replace(report, rows=(slower, faster, replace(large, p50_ms=None, reason="broke"))))
+    assert found.rows[2] == large
+    assert (found.rows[4].p50_ms, found.rows[4].p99_ms, found.rows[4].top1) == (faster.p50_ms, 0.5, small.top1)
+    assert found.rows[4].latency_ratio == pytest.approx(small.p50_ms / 4 / large.p50_ms)
+    assert found.rows[3] == report.rows[3]
 
 
 def test_a_report_survives_json_and_becomes_markdown(report: Report) -> None:
