@@ -288,6 +288,7 @@ def _measure_cell(cell: Cell, files: dict[str, str], folder: Path, soak_runs: in
             cell.subject.variant,
             soak_runs=SOAK_RUNS if soak_runs is None else soak_runs,
             soak_always=soak_runs is not None,
+            allocator=True,
             outputs=str(folder),
         )
         row = _filled(row, measure(request))

@@ -89,6 +89,16 @@ class DeviceMemory:
 
 
 @dataclass(frozen=True)
+class AllocatorUse:
+    """What a runtime's own allocator holds at a run's peak, in bytes; weights that it does not copy are not in it."""
+
+    requested_bytes: int | None = None  # what was asked for and not yet given back
+    in_use_bytes: int | None = None  # the same, in the chunks that it was served
+    held_bytes: int | None = None  # what the allocator has taken from the system
+    method: str = "unknown"
+
+
+@dataclass(frozen=True)
 class Bill:
     """Where the memory of one open model goes, phase by phase.
 
@@ -99,6 +109,7 @@ class Bill:
 
     phases: dict[str, HostMemory] = field(default_factory=dict)
     device: dict[str, DeviceMemory] = field(default_factory=dict)
+    allocator: AllocatorUse | None = None  # None where nobody asked, or the runtime has no such account
 
     @property
     def peak_bytes(self) -> int | None:

@@ -81,8 +81,10 @@ def refuses(artifact: Artifact) -> str | None:
     return artifact.cpu.refusal(version()) if artifact.cpu is not None else None
 
 
-def open(artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> OrtSession:  # noqa: A001  # the arrow's name
-    """A session on exactly this device; see `memopt.session.Runtime.open`."""
+def open(  # noqa: A001  # the arrow's name
+    artifact: Artifact, *, device: str = "cpu", threads: int = 0, profile: Path | None = None
+) -> OrtSession:
+    """A session on exactly this device; see `memopt.session.Runtime.open`. Runs are recorded at `profile`."""
     reason = refuses(artifact) or unavailable(device)
     if reason is None and not artifact.runs_on(device):
         reason = f"{artifact.name} is optimized for a processor and does not run on {device}"
@@ -97,6 +99,8 @@ def open(artifact: Artifact, *, device: str = "cpu", threads: int = 0) -> OrtSes
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if artifact.precision in READ_IN_PLACE:
             options.add_session_config_entry("session.disable_prepacking", "1")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:
         with _source(options, artifact) as model:
             session = onnxruntime.InferenceSession(model, options, providers=[PROVIDERS[device]])
@@ -130,6 +134,12 @@ class OrtSession:
             return [np.asarray(output) for output in session.run(self._output_names, dict(feeds))]
         except library_errors() as error:
             raise _as_ours(error, f"onnxruntime failed in {self._artifact.name}") from error
+
+    def end_profile(self) -> Path:
+        """Where the runs so far were recorded; only of a session that was opened with `profile`."""
+        if self._session is None:
+            raise BackendError(f"{self._artifact.name} is closed")
+        return Path(self._session.end_profiling())
 
     def trim(self) -> None:
         """Lets the kernel drop the resident pages of the mapped weights."""

@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
+from math import inf
 from string import Template
 
 from memopt.charts import text
@@ -164,13 +165,14 @@ def _planned(report: Report, measured: Sequence[Row]) -> str:
     marks = legend(
         ("rect", "load", "planned: weights"),
         ("rect", "runs", "planned: activations"),
-        ("rect", "held", "measured: private"),
+        ("rect", "held", "measured: allocated at the peak; else private"),
         ("rect", "mapped", "measured: file-backed"),
         ("line", "peak", "measured: peak"),
     )
     note = (
-        "The plan is what the graph itself needs, told before anything runs. Measured is what the process holds above "
-        "the runtime's own: session, packed weights, allocator and touched parts of the library come on top."
+        "The plan is what the graph itself needs, told before anything runs. Beside it stands what ONNX Runtime's "
+        "allocator was asked for at its peak, in which weights that stay mapped are not; where a runtime does not "
+        "tell, what the process holds, on top of which come the session and touched parts of the library."
     )
     return _section("Plan against measured", note, marks + per_batch(rows, plan_bars))
 
@@ -235,7 +237,8 @@ def _table_row(row: Row, columns: dict[str, Column], reference: str) -> str:
     cells = []
     for name, column in columns.items():
         value = column.value(row)
-        key = value if isinstance(value, (int, float, str)) else getattr(value, "index", "")
+        key = value if isinstance(value, (int, float, str)) else getattr(value, "max_difference", "")
+        key = "1e999" if key == inf else key  # which JavaScript takes for an infinity
         said = text(column.text(row))
         if name == "Variant":
             said += "".join(f"<small>{text(why)}</small>" for why in (row.reason, row.note) if why)
@@ -321,6 +324,8 @@ def _methods_of(row: Row) -> Iterator[str]:
     start = row.bill.phases.get(START) or row.bill.phases.get(IMPORT)
     if start is not None:
         yield f"host memory: {start.method}"
+    if row.bill.allocator is not None:
+        yield f"allocator ({row.runtime}): {row.bill.allocator.method}"
     for memory in row.bill.device.values():
         for field, method in memory.methods.items():
             yield f"device, {field.removesuffix('_bytes')} ({row.runtime}): {method}"

@@ -123,27 +123,39 @@ def latency_bars(rows: Sequence[Row]) -> Iterator[Drawn]:
 
 
 def plan_bars(rows: Sequence[Row]) -> Iterator[Drawn]:
-    """Weights and activations as planned; below, what was measured, with the peak."""
-    plans = {id(row): (row.weights_bytes or 0) + (row.activation_bytes or 0) for row in rows}
-    scale = scale_for([max(plans[id(row)], _extent(row)) for row in rows], from_zero=True)
+    """Weights and activations as planned; below, what the runtime's allocator held at its peak, or the process did."""
+    plans = {row.key: (row.weights_bytes or 0) + (row.activation_bytes or 0) for row in rows}
+    scale = scale_for([max(plans[row.key], _allocated(row) or _extent(row)) for row in rows], from_zero=True)
     for row in rows:
-        planned = plans[id(row)]
         segments = _stacked(scale.high, (
             (row.weights_bytes or 0, "load", f"weights: {show_size(row.weights_bytes)}"),
             (row.activation_bytes or 0, "runs", f"activations: {show_size(row.activation_bytes)}"),
         ))  # fmt: skip
-        lines = [bar(segments, label=f"planned {show_size(planned)}")]
-        rest = "not measured"
-        if row.private_bytes is not None:
-            mapped = max(row.file_backed_bytes or 0, 0)
-            measured = _stacked(scale.high, (
-                (max(row.private_bytes, 0), "held", f"private: {show_size(row.private_bytes)}"),
-                (mapped, "mapped", f"file-backed: {show_size(mapped)}"),
-            ))  # fmt: skip
-            ticks = _ticks(scale.high, ((row.peak_bytes, "peak", f"peak: {show_size(row.peak_bytes)}"),))
-            rest = f"{show_size(row.private_bytes)} private, peak {show_size(row.peak_bytes)}"
-            lines.append(bar(measured, ticks, label=rest))
-        yield row, lines, f"{show_size(planned)} planned", rest
+        lines = [bar(segments, label=f"planned {show_size(plans[row.key])}")]
+        measured, rest = _measured_bar(row, scale.high)
+        yield row, lines + measured, f"{show_size(plans[row.key])} planned", rest
+
+
+def _measured_bar(row: Row, whole: float) -> tuple[list[str], str]:
+    allocated = _allocated(row)
+    if allocated is not None:
+        said = f"{show_size(allocated)} allocated"
+        return [bar(_stacked(whole, ((allocated, "held", said),)), label=said)], said
+    if row.private_bytes is None:
+        return [], "not measured"
+    mapped = max(row.file_backed_bytes or 0, 0)
+    pieces = _stacked(whole, (
+        (max(row.private_bytes, 0), "held", f"private: {show_size(row.private_bytes)}"),
+        (mapped, "mapped", f"file-backed: {show_size(mapped)}"),
+    ))  # fmt: skip
+    ticks = _ticks(whole, ((row.peak_bytes, "peak", f"peak: {show_size(row.peak_bytes)}"),))
+    said = f"{show_size(row.private_bytes)} private, peak {show_size(row.peak_bytes)}"
+    return [bar(pieces, ticks, label=said)], said
+
+
+def _allocated(row: Row) -> int | None:
+    """What the runtime's allocator was asked for at its peak."""
+    return row.bill.allocator.requested_bytes if row.bill is not None and row.bill.allocator is not None else None
 
 
 def _stacked(whole: float, pieces: Sequence[tuple[float, str, str]]) -> list[Segment]:

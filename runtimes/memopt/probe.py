@@ -31,6 +31,7 @@ from memopt.memory import (
     LOAD,
     START,
     STEADY,
+    AllocatorUse,
     Bill,
     DeviceMemory,
     HostMemory,
@@ -38,6 +39,7 @@ from memopt.memory import (
     give_back,
     read_host_memory,
 )
+from memopt.ort_allocator import allocator_use
 from memopt.runtimes import RUNTIMES
 from memopt.session import Session
 from memopt.strict_json import from_json, to_json
@@ -64,6 +66,7 @@ class Request:
     seconds: float = 2.0  # timing ends after this long, with at least five runs
     soak_runs: int = 0  # watched for growth; fewer, or none, where they would take longer than twice `seconds`
     soak_always: bool = False  # however long they take
+    allocator: bool = False  # whether the runtime's own allocator is asked, for which it is opened once more
     outputs: str | None = None  # folder for the outputs for all samples, as 0.npy, 1.npy, ...
 
 
@@ -178,8 +181,9 @@ def _measure_here(request: Request) -> Measurement:
     if request.outputs is not None:
         _write_outputs(session, samples, request)
     session.close()
+    allocator = _allocator_use(request, artifact, feeds) if request.allocator else None
     p50, p95, p99 = (float(np.percentile(times, share)) for share in (50, 95, 99))
-    bill = Bill(account.phases, account.device)
+    bill = Bill(account.phases, account.device, allocator)
     return Measurement(bill, session.placement, load_ms, p50, p95, p99, len(times), leak, soak_runs)
 
 
@@ -258,6 +262,16 @@ def _soak(session: Session, feeds: Mapping[str, Array], request: Request, *, run
             session.run(feeds)
         private.append(read_host_memory().private_bytes)
     return growth(private, block), block * SOAK_BLOCKS
+
+
+def _allocator_use(request: Request, artifact: Artifact, feeds: Mapping[str, Array]) -> AllocatorUse | None:
+    """The runtime's own account of a run, after all else was read; None where it has none."""
+    ask = _ALLOCATORS.get(request.runtime)
+    return ask(artifact, feeds, device=request.device, threads=request.threads) if ask is not None else None
+
+
+# Runtimes whose allocators can be asked what they hold on the host as well.
+_ALLOCATORS = {"onnxruntime": allocator_use}
 
 
 def _write_outputs(session: Session, samples: Mapping[str, Array], request: Request) -> None:

@@ -58,6 +58,7 @@ def test_rows_hold_real_figures(report: Report) -> None:
         assert row.private_bytes is None or 0 < row.private_bytes < 2**28
         assert row.bill is not None
         assert set(row.bill.phases) == set(PHASES)
+        assert row.bill.allocator is not None
 
 
 def test_the_reference_agrees_with_itself_at_every_batch(report: Report) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from memopt.accuracy import WorstSample
 from memopt.gate import Change, Gate
-from memopt.memory import PHASES, Bill, DeviceMemory, HostMemory
+from memopt.memory import PHASES, AllocatorUse, Bill, DeviceMemory, HostMemory
 from memopt.page import render
 from memopt.report import Report, Row, read_report
 
@@ -26,7 +26,8 @@ METHODS = {"process_bytes": "NVML", "used_bytes": "cuMemGetInfo", "allocator_byt
 def bill(size: int, *, on_device: bool = False) -> Bill:
     phases = {name: HostMemory(size, size // 2, size, 2 * size, "by hand") for name in PHASES}
     device = {name: DeviceMemory(size, size, None, METHODS) for name in PHASES[1:]} if on_device else {}
-    return Bill(phases, device)
+    allocator = AllocatorUse(size // 2, size // 2, size, "the profiler") if size > 15 * MIB else None
+    return Bill(phases, device, allocator)
 
 
 def row(name: str, batch: int = 1, size: int = 10 * MIB, **fields: object) -> Row:
@@ -91,7 +92,8 @@ def test_the_page_shows_every_section_and_every_row() -> None:
         assert heading in page.texts
     for said in (
         "12 figures held against base.json: 1 got worse, 1 broke", "private was 10.0 MiB, is 20.0 MiB", "no driver",
-        "odd", "cat", "NVML", "unknown: it does not say", "by hand", "1.00 GiB", "#3 12.0 dB", "5.00 MiB", "95.00%",
+        "odd", "cat", "NVML", "unknown: it does not say", "by hand", "1.00 GiB", "10.0 MiB allocated", "the profiler",
+        "#3 12.0 dB", "5.00 MiB", "95.00%",
     ):  # fmt: skip
         assert said in page.texts
     assert page.tags.count("tr") >= len(FULL.rows)
