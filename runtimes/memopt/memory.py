@@ -90,9 +90,10 @@ class DeviceMemory:
 
 @dataclass(frozen=True)
 class AllocatorUse:
-    """What a runtime's own allocator holds at a run's peak, in bytes; weights that it does not copy are not in it."""
+    """What a runtime's own allocator holds at a run's peak, in bytes. Of weights it has only what it packed anew."""
 
-    requested_bytes: int | None = None  # what was asked for and not yet given back
+    activation_bytes: int | None = None  # asked for by the run itself: on top of what is held between runs
+    requested_bytes: int | None = None  # asked for and not yet given back
     in_use_bytes: int | None = None  # the same, in the chunks that it was served
     held_bytes: int | None = None  # what the allocator has taken from the system
     method: str = "unknown"

@@ -159,20 +159,13 @@ def _latency(report: Report, measured: Sequence[Row]) -> str:
 
 
 def _planned(report: Report, measured: Sequence[Row]) -> str:
-    rows = [row for row in report.rows if row.activation_bytes is not None and row.weights_bytes is not None]
+    rows = [row for row in report.rows if row.activation_bytes is not None]
     if not rows:
         return ""
-    marks = legend(
-        ("rect", "load", "planned: weights"),
-        ("rect", "runs", "planned: activations"),
-        ("rect", "held", "measured: allocated at the peak; else private"),
-        ("rect", "mapped", "measured: file-backed"),
-        ("line", "peak", "measured: peak"),
-    )
+    marks = legend(("rect", "runs", "planned"), ("rect", "held", "allocated"))
     note = (
-        "The plan is what the graph itself needs, told before anything runs. Beside it stands what ONNX Runtime's "
-        "allocator was asked for at its peak, in which weights that stay mapped are not; where a runtime does not "
-        "tell, what the process holds, on top of which come the session and touched parts of the library."
+        "Activations: what live tensors need at the peak, planned before anything ran, beside what a run asked ONNX "
+        "Runtime's allocator for. Other runtimes do not tell. Weights come on top."
     )
     return _section("Plan against measured", note, marks + per_batch(rows, plan_bars))
 

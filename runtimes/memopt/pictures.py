@@ -123,39 +123,26 @@ def latency_bars(rows: Sequence[Row]) -> Iterator[Drawn]:
 
 
 def plan_bars(rows: Sequence[Row]) -> Iterator[Drawn]:
-    """Weights and activations as planned; below, what the runtime's allocator held at its peak, or the process did."""
-    plans = {row.key: (row.weights_bytes or 0) + (row.activation_bytes or 0) for row in rows}
-    scale = scale_for([max(plans[row.key], _allocated(row) or _extent(row)) for row in rows], from_zero=True)
+    """Activations as planned; below, as the runtime's allocator was asked for them at the peak of a run."""
+    scale = scale_for([max(row.activation_bytes or 0, allocated_bytes(row) or 0) for row in rows], from_zero=True)
     for row in rows:
-        segments = _stacked(scale.high, (
-            (row.weights_bytes or 0, "load", f"weights: {show_size(row.weights_bytes)}"),
-            (row.activation_bytes or 0, "runs", f"activations: {show_size(row.activation_bytes)}"),
-        ))  # fmt: skip
-        lines = [bar(segments, label=f"planned {show_size(plans[row.key])}")]
-        measured, rest = _measured_bar(row, scale.high)
-        yield row, lines + measured, f"{show_size(plans[row.key])} planned", rest
+        planned, allocated = show_size(row.activation_bytes), allocated_bytes(row)
+        lines = [_whole_bar(row.activation_bytes or 0, scale.high, "runs", f"planned: {planned}")]
+        rest = "not measured" if row.reason is not None else "not told"
+        if allocated is not None:
+            rest = f"{show_size(allocated)} allocated"
+            rest += f", {row.activation_bytes / allocated:.2f}x planned" if row.activation_bytes and allocated else ""
+            lines.append(_whole_bar(allocated, scale.high, "held", f"allocated: {show_size(allocated)}"))
+        yield row, lines, f"{planned} planned", rest
 
 
-def _measured_bar(row: Row, whole: float) -> tuple[list[str], str]:
-    allocated = _allocated(row)
-    if allocated is not None:
-        said = f"{show_size(allocated)} allocated"
-        return [bar(_stacked(whole, ((allocated, "held", said),)), label=said)], said
-    if row.private_bytes is None:
-        return [], "not measured"
-    mapped = max(row.file_backed_bytes or 0, 0)
-    pieces = _stacked(whole, (
-        (max(row.private_bytes, 0), "held", f"private: {show_size(row.private_bytes)}"),
-        (mapped, "mapped", f"file-backed: {show_size(mapped)}"),
-    ))  # fmt: skip
-    ticks = _ticks(whole, ((row.peak_bytes, "peak", f"peak: {show_size(row.peak_bytes)}"),))
-    said = f"{show_size(row.private_bytes)} private, peak {show_size(row.peak_bytes)}"
-    return [bar(pieces, ticks, label=said)], said
+def _whole_bar(size: float, whole: float, style: str, title: str) -> str:
+    return bar(_stacked(whole, ((size, style, title),)), label=title)
 
 
-def _allocated(row: Row) -> int | None:
-    """What the runtime's allocator was asked for at its peak."""
-    return row.bill.allocator.requested_bytes if row.bill is not None and row.bill.allocator is not None else None
+def allocated_bytes(row: Row) -> int | None:
+    """What a run asked the runtime's allocator for, at its peak; None where it does not tell."""
+    return row.bill.allocator.activation_bytes if row.bill is not None and row.bill.allocator is not None else None
 
 
 def _stacked(whole: float, pieces: Sequence[tuple[float, str, str]]) -> list[Segment]:

@@ -26,7 +26,7 @@ METHODS = {"process_bytes": "NVML", "used_bytes": "cuMemGetInfo", "allocator_byt
 def bill(size: int, *, on_device: bool = False) -> Bill:
     phases = {name: HostMemory(size, size // 2, size, 2 * size, "by hand") for name in PHASES}
     device = {name: DeviceMemory(size, size, None, METHODS) for name in PHASES[1:]} if on_device else {}
-    allocator = AllocatorUse(size // 2, size // 2, size, "the profiler") if size > 15 * MIB else None
+    allocator = AllocatorUse(size // 2, size // 2, size // 2, size, "the profiler") if size > 15 * MIB else None
     return Bill(phases, device, allocator)
 
 
