@@ -47,6 +47,7 @@ from memopt.tensors import Array
 
 WARMUP_RUNS = 3
 SOAK_BLOCKS, LEAST_SOAK_RUNS = 7, 56  # of a soak, in which memory is read after each block
+LEAST_GROWTH_BYTES = 2**18  # over all of a soak; less comes and goes in any process, however many runs it stands for
 # `python -m` and `python -c` put the current folder first on sys.path, where a user's statistics.py would be imported.
 _CHILD = "import sys; sys.path = [p for p in sys.path if p]; from memopt.probe import main; sys.exit(main())"
 
@@ -145,15 +146,17 @@ def growth(private: Sequence[int | None], runs: int) -> int | None:
     """Private memory that 1,000 runs add, from readings before the first and after each of equal blocks of `runs` runs.
 
     It is the median of what the blocks add: a buffer that grows once, or twice, is no leak, and what grows in most
-    blocks is. None where a reading is unknown.
+    blocks is. Where all blocks together would add less than LEAST_GROWTH_BYTES, it is 0. None where a reading is
+    unknown.
 
-    >>> growth([100, 150, 200, 250], 50), growth([100, 900, 900, 900], 50)
-    (1000, 0)
+    >>> growth([0, 10**6, 2 * 10**6, 3 * 10**6], 50), growth([0, 10**6, 10**6, 10**6], 50)
+    (20000000, 0)
     """
     known = [value for value in private if value is not None]
     if len(known) < len(private) or len(known) < 2:
         return None
-    return round(1000 / runs * statistics.median(after - before for before, after in itertools.pairwise(known)))
+    added = statistics.median(after - before for before, after in itertools.pairwise(known))
+    return round(1000 / runs * added) if abs(added) * (len(known) - 1) >= LEAST_GROWTH_BYTES else 0
 
 
 def _measure_here(request: Request) -> Measurement:

@@ -141,12 +141,16 @@ def test_each_phase_has_its_peak_with_and_without_the_kernels(
 
 
 def test_growth_is_what_most_blocks_add() -> None:
-    assert growth([0, 10, 20, 30], 10) == 1000
-    assert growth([0, 0, 0, 900, 900, 900, 900, 900], 40) == 0  # grew once
-    assert growth([0, 0, 900, 900, 900, 1900, 1900, 1900], 40) == 0  # twice
-    assert growth([5, 4, 9, 8, 13, 12, 17, 16], 1) == -1000  # up and down
-    assert growth([0, None, 20], 10) is None
-    assert growth([7], 10) is None
+    def grown(*mebibytes: float | None, runs: int = 40) -> int | None:
+        return growth([None if each is None else round(each * MIB) for each in mebibytes], runs)
+
+    assert grown(0, 1, 2, 3) == 25 * MIB
+    assert grown(0, 0, 0, 9, 9, 9, 9, 9) == 0  # once
+    assert grown(0, 0, 9, 9, 9, 19, 19, 19) == 0  # twice
+    assert grown(5, 4, 9, 8, 13, 12, 17, 16) == -25 * MIB  # up and down
+    assert grown(0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.14, runs=8) == 0  # 2.5 MiB in 1,000 runs, seen in 56
+    assert grown(0, None, 20) is None
+    assert grown(7) is None
 
 
 class Leaking:
