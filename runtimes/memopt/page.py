@@ -159,7 +159,7 @@ def _latency(report: Report, measured: Sequence[Row]) -> str:
 
 
 def _planned(report: Report, measured: Sequence[Row]) -> str:
-    rows = [row for row in report.rows if row.activation_bytes is not None]
+    rows = [row for row in measured if row.activation_bytes is not None]
     if not rows:
         return ""
     marks = legend(("rect", "runs", "planned"), ("rect", "held", "allocated"))

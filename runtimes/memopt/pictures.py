@@ -128,7 +128,7 @@ def plan_bars(rows: Sequence[Row]) -> Iterator[Drawn]:
     for row in rows:
         planned, allocated = show_size(row.activation_bytes), allocated_bytes(row)
         lines = [_whole_bar(row.activation_bytes or 0, scale.high, "runs", f"planned: {planned}")]
-        rest = "not measured" if row.reason is not None else "not told"
+        rest = "not told"
         if allocated is not None:
             rest = f"{show_size(allocated)} allocated"
             rest += f", {row.activation_bytes / allocated:.2f}x planned" if row.activation_bytes and allocated else ""
