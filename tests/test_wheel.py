@@ -104,7 +104,7 @@ def test_the_wheel_is_small_and_holds_the_three_packages(wheel: Path) -> None:
         "memopt", "memopt_models", "memopt_export"
     }  # fmt: skip
     assert "memopt_export/recipes/digits.toml" in names
-    assert "memopt/py.typed" in names
+    assert {"memopt/py.typed", "memopt/page.html"} <= set(names)
     assert not [name for name in names if "test" in name]
 
 
@@ -121,6 +121,27 @@ def test_an_application_needs_numpy_and_onnxruntime_alone(
     assert found["label"] in ("zero", "one", "two")
     assert found["batch"] >= 1
     assert found["phases"] == ["import", "load", "steady"]
+
+
+COMPARE = """
+import sys
+from memopt.compare import Given, cells, compare, subjects
+from memopt.judgement import Judgement
+from memopt.page import render
+from pathlib import Path
+import numpy as np
+
+if __name__ == "__main__":
+    todo = cells(subjects([Path(sys.argv[1])]), batches=(2,), devices=("cpu",))
+    report = compare(todo, Given({"input": np.zeros((4, 1, 8, 8), np.float32)}), Judgement())
+    print([row.reason for row in report.rows], len(render(report)) > 10_000, report.rows[0].p50_ms > 0)
+"""
+
+
+def test_a_device_without_the_exporter_compares_and_draws(
+    clean_python: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    assert check(clean_python, "-W", "error", "-c", COMPARE, tiny_bundle, cwd=tmp_path) == "[None, None] True True\n"
 
 
 def test_onnxruntime_opens_a_model_package_and_takes_the_reference(

@@ -15,6 +15,7 @@ import click
 
 from memopt import __version__
 from memopt.errors import AnswerIsNo, InputRefused, MemoptError, OutOfResource, UsageError, first_line, printable
+from memopt.gate import METRICS
 from memopt.sizes import parse_size
 from memopt_export.means import UNLIMITED
 from memopt_export.recipe import CALIBRATIONS, CORRECTIONS, PRECISIONS
@@ -397,35 +398,45 @@ def plan(
 @cli.command()
 @click.argument("artifacts", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--data", default="digits", show_default=True, help=f"Its test split judges accuracy. {_DATA}")
-@click.option("--batch", type=_Batches(), default="1,32", show_default=True, help="Batches to measure, such as 1,8,32.")
+@click.option("--batch", "batches", type=_Batches(), default="1,32", show_default=True, help="Such as 1,8,32.")
 @click.option("--runtimes", help="Such as torch,onnxruntime; default: every one that opens the artifact.")
 @click.option("--devices", default="cpu,cuda", show_default=True, help="Devices to use where they work.")
-@click.option("--reference", help="Name of the artifact the others are held against; default: the first.")
+@click.option("--reference", help="Name of the artifact the others are held against; default: the first that runs.")
 @click.option("--samples", type=click.IntRange(min=1), help="How many test samples; default: all.")
+@click.option("--metric", metavar="PKG.MOD:FUNCTION", help="Of yours: (outputs, labels) to a number, more is better.")
+@click.option("--confusion", is_flag=True, help="Count the answers given for each label; in --json and --html.")
+@click.option("--soak", type=click.IntRange(min=56), metavar="RUNS", help="Watch memory over so many runs, for leaks.")
+@click.option("--against", type=click.Path(path_type=Path), metavar="BASE.json", help="Exit with 1 where it got worse.")
+@click.option(
+    "--tolerance", "tolerances", multiple=True, metavar="[METRIC=]AMOUNT",
+    help=f"By how much it may: 10%, private=5%, p50=off, ... repeatable. Of {', '.join(METRICS)}.",
+)  # fmt: skip
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with table and pictures.")
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
 @_trust_engines
 @_seed
 @_data_root
+@_force
 @_json
-def compare(
-    artifacts: Sequence[Path], data: str, batch: tuple[int, ...], runtimes: str | None, devices: str,
-    reference: str | None, samples: int | None, markdown: bool, trust_engines: bool, seed: int,
-    data_root: Path | None, as_json: bool,
-) -> None:  # fmt: skip
-    """Compare memory, accuracy and latency of ARTIFACTS (.onnx, .engine, .pt2, .mopt), each in a fresh process."""
+def compare(artifacts: Sequence[Path], markdown: bool, as_json: bool, **asked: Any) -> None:
+    """Compare memory, accuracy and latency of ARTIFACTS (.onnx, .engine, .pt2, .mopt), each in a fresh process.
+
+    One that cannot be measured keeps a row with the reason. --against holds the result against an earlier --json: for
+    each metric a share (of what it was) or an amount is tolerated; what is below a floor, such as 1 MiB, never counts.
+    """
     from memopt_export import commands, console
 
-    with console.measuring() as on_row:
-        report = commands.compare_files(
-            artifacts, data, batches=batch, runtimes=_names(runtimes), devices=_names(devices), reference=reference,
-            samples=samples, seed=seed, trust_engines=trust_engines, data_root=data_root, on_row=on_row,
-        )  # fmt: skip
+    asked |= {"runtimes": _names(asked["runtimes"]), "devices": _names(asked["devices"])}
+    with console.measuring() as listener:
+        report = commands.compare_files(artifacts, commands.CompareRequest(**asked), listener)
     if markdown and not as_json:
         click.echo(report.to_markdown())
     else:
         console.show(report, as_json=as_json)
     if all(row.reason is not None for row in report.rows):
         raise _Shown("nothing could be measured")
+    if report.gate is not None and not report.gate.passed:
+        raise _Shown(report.gate.refusal())
 
 
 @cli.command()
@@ -676,5 +687,5 @@ def _profile(batch: Sequence[int]) -> tuple[int, int, int]:
     raise UsageError(f"--batch {','.join(map(str, batch))} is no profile", hint="--batch 8, or --batch MIN,OPT,MAX")
 
 
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in text.split(",")] if text else []
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",")) if text else ()

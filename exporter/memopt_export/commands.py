@@ -14,12 +14,25 @@ from memopt import machine
 from memopt.accuracy import max_difference
 from memopt.artifact import Artifact
 from memopt.bundle import Bundle, open_bundle
-from memopt.compare import cells, compare, subjects
+from memopt.compare import (
+    DEVICES,
+    Given,
+    Listener,
+    Subject,
+    cells,
+    compare,
+    expect_artifact,
+    is_bundle,
+    retimed,
+    subjects,
+)  # fmt: skip
 from memopt.errors import InputRefused, MemoptError, UsageError, first_line
 from memopt.files import refuse_to_overwrite, sha256_file, write_atomically
+from memopt.gate import hold_against, parse_tolerances
+from memopt.judgement import Judgement
 from memopt.manifest import EngineInfo
 from memopt.preprocess import prepare
-from memopt.report import Report, Row
+from memopt.report import Report, read_report
 from memopt.runtimes import runtime
 from memopt.session import Runtime
 from memopt.tensors import Array, TensorSpec
@@ -43,6 +56,7 @@ if TYPE_CHECKING:
     from memopt_models.prune import PruneSettings
     from memopt_models.train import OnStep, TrainSettings
 
+_TIMED_AGAIN = 2  # times, at most, what seems slower than in an earlier report
 _JUDGED_SAMPLES = 512  # of the validation split, on which `quantize` compares with the float graph
 
 
@@ -123,6 +137,52 @@ class SavedSimple:
     size_bytes: int
     source_nodes: int
     source_bytes: int
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """What is asked of `compare`."""
+
+    data: str
+    batches: tuple[int, ...] = (1, 32)
+    runtimes: tuple[str, ...] = ()  # none: every one that opens the artifact
+    devices: tuple[str, ...] = DEVICES
+    reference: str | None = None
+    samples: int | None = None
+    seed: int = 0
+    soak: int | None = None  # runs over which private memory is watched
+    metric: str | None = None  # pkg.mod:function
+    confusion: bool = False
+    against: Path | None = None  # an earlier report
+    tolerances: tuple[str, ...] = ()
+    html: Path | None = None
+    trust_engines: bool = False
+    data_root: Path | None = None
+    force: bool = False
+
+    def judge(self) -> Callable[[Report], Report]:
+        """What holds a report against the earlier one, which is read, as the tolerances are, before anything runs."""
+        if self.against is None:
+            if self.tolerances:
+                raise UsageError("--tolerance means nothing alone", hint="--against base.json")
+            return lambda report: report
+        tolerances, where = parse_tolerances(self.tolerances), str(self.against)
+        base = read_report(_read_bytes(self.against))
+        return lambda report: replace(report, gate=hold_against(report, base, tolerances, where=where))
+
+    def judgement(self, given: Samples) -> Judgement:
+        """What outputs are judged by."""
+        from memopt_models.data import open_data
+        from memopt_models.factories import load_factory
+
+        named = self.confusion and not self.data.endswith(".npz")
+        return Judgement(
+            labels=given.labels,
+            classes=open_data(self.data, root=self.data_root).classes if named else (),
+            confusion=self.confusion,
+            metric=load_factory(self.metric) if self.metric is not None else None,
+            metric_name=self.metric,
+        )
 
 
 @dataclass(frozen=True)
@@ -485,25 +545,44 @@ def _check_dims(graph: Graph, dims: Mapping[str, int]) -> None:
             raise UsageError(f"no input has a free dimension called {name!r}", hint=", ".join(free) or "there is none")
 
 
-def compare_files(
-    paths: Sequence[Path], data: str, *, batches: Sequence[int], runtimes: Sequence[str], devices: Sequence[str],
-    reference: str | None, samples: int | None, seed: int, trust_engines: bool = False,
-    data_root: Path | None = None, on_row: Callable[[Row], None] | None = None,
-) -> Report:  # fmt: skip
-    """Memory, accuracy and latency of every artifact in these files, on the test split."""
+def compare_files(paths: Sequence[Path], request: CompareRequest, listener: Listener | None = None) -> Report:
+    """Memory, accuracy and latency of every artifact in these files, on the test split; the page where it is wanted.
+
+    Every graph passes the pre-flight once. What is refused keeps a row with the reason, unless everything is. What
+    seems slower than in the earlier report is timed again, and the reference with it, before that is believed.
+    """
+    from memopt.page import render
     from memopt_models.data import open_samples
 
-    found = subjects(paths, trust_engines=trust_engines)
-    given = open_samples(data, split="test", inputs=_inputs_of(paths), root=data_root, at_most=samples, seed=seed)
-    refused = _refusals(paths)
-    todo = [
-        replace(cell, reason=refused.get(cell.subject.path, cell.reason))
-        for cell in cells(found, batches=batches, runtimes=runtimes or None, devices=devices)
+    if request.html is not None:
+        refuse_to_overwrite(request.html, force=request.force)
+        _refuse_own_input(request.html, paths)
+    judge = request.judge()
+    seen, refused = _look_at(paths)
+    inputs = next(each.inputs for each in seen.values() if each.inputs is not None)
+    given = open_samples(
+        request.data, split="test", inputs=inputs, root=request.data_root, at_most=request.samples, seed=request.seed
+    )
+    found = [
+        seen[subject.path].told_of(subject) if subject.path in seen else subject
+        for subject in subjects(paths, trust_engines=request.trust_engines, refused=refused)
     ]
-    return compare(
-        todo, given.feeds, given.labels, reference=reference, source=given.source, machine=machine.describe(),
-        on_row=on_row,
+    todo = cells(found, batches=request.batches, runtimes=request.runtimes or None, devices=request.devices)
+    on = Given(given.feeds, given.source, given.fingerprint)
+    report = compare(
+        todo, on, request.judgement(given),
+        reference=request.reference, machine=machine.describe(), soak_runs=request.soak, listener=listener,
     )  # fmt: skip
+    report = judge(report)
+    for _ in range(_TIMED_AGAIN):
+        slower = report.gate.slower if report.gate is not None else ()
+        if slower:
+            doubted = [cell for cell in todo if cell.subject.name == report.reference or cell.key in slower]
+            again = compare(doubted, on, Judgement(), reference=report.reference, soak_runs=0, listener=listener)
+            report = judge(retimed(report, again))
+    if request.html is not None:
+        write_atomically(request.html, render(report).encode(), force=request.force)
+    return report
 
 
 def pack(
@@ -715,20 +794,6 @@ def _within_budget(request: QuantizeRequest, making: _Making) -> _Made:
     return _Made(quantizing.quantize(graph, recipe, calibration, means), recipe, means, ranking)
 
 
-def _refusals(paths: Sequence[Path]) -> dict[Path, str]:
-    """Why a graph does not pass the pre-flight; it keeps its row in a comparison, but no library opens it."""
-    from memopt_export import preflight
-
-    refused = {}
-    for path in paths:
-        try:
-            if path.suffix == ".onnx":
-                preflight.check(path)
-        except MemoptError as error:
-            refused[path] = error.problem
-    return refused
-
-
 def _refuse_own_input(output: Path, inputs: Sequence[Path]) -> None:
     """Raises UsageError when the output would replace what it is made from."""
     for path in inputs:
@@ -761,23 +826,83 @@ def _data_of(checkpoint: Checkpoint) -> str:
     return named
 
 
-def _inputs_of(paths: Sequence[Path]) -> tuple[TensorSpec, ...]:
-    """What the artifacts in these files expect, told by the first that knows."""
+@dataclass(frozen=True)
+class _Seen:
+    """What is known of the artifact in a file before it runs; a bundle knows of itself what is planned."""
+
+    inputs: tuple[TensorSpec, ...] | None = None
+    precision: str | None = None
+    weights_bytes: int | None = None
+    activation_bytes: int | None = None  # planned at batch 1
+
+    def told_of(self, subject: Subject) -> Subject:
+        """The subject with all of that."""
+        if self.weights_bytes is None:
+            return subject
+        return replace(
+            subject, precision=self.precision, weights_bytes=self.weights_bytes, activation_bytes=self.activation_bytes
+        )
+
+
+def _look_at(paths: Sequence[Path]) -> tuple[dict[Path, _Seen], dict[Path, str]]:
+    """What is known of the artifacts in these files, and why others cannot be opened. A graph passes the pre-flight.
+
+    Raises:
+        MemoptError: none of them can, for the reason of the first; or none says what it expects.
+    """
+    for path in paths:
+        expect_artifact(path)
+    seen: dict[Path, _Seen] = {}
+    refused: dict[Path, MemoptError] = {}
+    for path in dict.fromkeys(paths):
+        try:
+            seen[path] = _see(path)
+        except MemoptError as error:
+            refused[path] = error
+    if not seen:
+        raise next(iter(refused.values()))
+    if all(each.inputs is None for each in seen.values()):
+        raise UsageError("an engine alone does not name its inputs", hint="compare it with its .onnx, or in a bundle")
+    return seen, {path: error.problem for path, error in refused.items()}
+
+
+def _see(path: Path) -> _Seen:
+    from memopt.artifact import read_sidecar
     from memopt.torch_runtime import read_specs
     from memopt_export.graph import load_graph
 
-    for path in paths:
-        if path.suffix == ".mopt" or path.is_dir():
-            return open_bundle(path, verify="off").manifest.inputs
-        if path.suffix == ".onnx":
-            return load_graph(path).inputs
-        if path.suffix == ".pt2":
-            return read_specs(path)["inputs"]
-    raise UsageError("an engine alone does not name its inputs", hint="compare it with its .onnx, or in a bundle")
+    if is_bundle(path):
+        return _Seen(open_bundle(path, verify="off").manifest.inputs)
+    if path.suffix == ".pt2":
+        return _Seen(read_specs(path)["inputs"])
+    if path.suffix == ".onnx":
+        graph = load_graph(path)
+        return _Seen(graph.inputs, graph.precision, sum(graph.weights_bytes().values()), _planned_bytes(graph))
+    read_sidecar(path)
+    return _Seen()
+
+
+def _planned_bytes(graph: Graph) -> int | None:
+    """The activations that are planned at batch 1; None where a graph cannot be planned, or takes another batch."""
+    from memopt_export import plan as planning
+
+    if graph.fixed_batch not in (None, 1):
+        return None
+    try:
+        return planning.plan(graph, batch=1).activation_bytes
+    except MemoptError:
+        return None
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:
     return tuple(_read_text(path).removesuffix("\n").split("\n"))
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputRefused(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _read_text(path: Path) -> str:

@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from memopt import compare
 from memopt.errors import printable
-from memopt.report import COLUMNS, Report, Row, columns_of
+from memopt.gate import LEAK_BYTES
+from memopt.memory import STEADY
+from memopt.report import COLUMNS, TEXT_COLUMNS, Report, Row, columns_of
 from memopt.sizes import show_size
 from memopt.strict_json import to_json
 from memopt_export.commands import (
@@ -42,7 +45,10 @@ if TYPE_CHECKING:
 _WIDTH_OF_PIPES = 160  # what is not a terminal has no width of its own
 _REFRESH_S = 0.1
 # Columns of a report that a narrow terminal does without, the most dispensable first.
-_FIRST_TO_GO = ("Weights", "Planned", "File-backed", "Agree", "File", "Device", "p50", "Batch")
+_FIRST_TO_GO = (
+    "Worst", "Leak", "Weights", "Top-5", "Planned", "File-backed", "x p50", "SQNR", "Agree", "File", "x memory",
+    "Device", "Metric", "p50", "Batch",
+)  # fmt: skip
 
 
 def show(value: Any, *, as_json: bool) -> None:
@@ -61,10 +67,13 @@ def training() -> Iterator[Callable[[Progress], None]]:
 
 
 @contextmanager
-def measuring() -> Iterator[Callable[[Row], None]]:
-    """Shows each row of a comparison as it is finished."""
+def measuring() -> Iterator[compare.Listener]:
+    """Shows what is being measured, and each row as it is finished."""
     with _progress_line() as line:
-        yield lambda row: line.stay(f"  {row.name} on {row.runtime} {row.device}, batch {row.batch}: {_brief(row)}")
+        yield compare.Listener(
+            lambda cell, number, total: line.overwrite(f"  {number}/{total} {cell.key} …"),
+            lambda row: line.stay(f"  {row.key}: {_brief(row)}"),
+        )
 
 
 @dataclass(frozen=True)
@@ -293,10 +302,10 @@ def _verdict_facts(verdict: Verdict) -> dict[str, object]:
         facts["top-1"] = f"{100 * verdict.top1:.2f}%, float {100 * verdict.float_top1:.2f}%"
     if verdict.measured is not None and verdict.float_measured is not None:
         after, before = verdict.measured, verdict.float_measured
-        now, was = after.bill.phases["steady"], before.bill.phases["steady"]
+        now, was = after.bill.phases[STEADY], before.bill.phases[STEADY]
         facts["latency"] = f"{after.p50_ms:.3g} ms at batch {verdict.batch}, float {before.p50_ms:.3g} ms"
         facts["private"] = f"{show_size(now.private_bytes)}, float {show_size(was.private_bytes)}"
-        facts["peak"] = f"{show_size(now.peak_bytes)}, float {show_size(was.peak_bytes)}"
+        facts["peak"] = f"{show_size(after.bill.peak_bytes)}, float {show_size(before.bill.peak_bytes)}"
     return facts
 
 
@@ -373,23 +382,33 @@ def _draw_plans(console: Console, plans: Plans) -> None:
 
 def _draw_report(console: Console, report: Report) -> None:
     headings, left_out = _fitting(console.width, report)
-    columns = {heading: "left" if heading in ("Variant", "Runtime") else "right" for heading in headings}
-    _table(console, columns, [[COLUMNS[heading](row) for heading in headings] for row in report.rows])
+    columns = {heading: "left" if heading in TEXT_COLUMNS else "right" for heading in headings}
+    _table(console, columns, [[COLUMNS[heading].text(row) for heading in headings] for row in report.rows])
     if left_out:
         _say(console, f"left out at this width: {', '.join(left_out)} (--json has all)")
     missing = [(row.name, f"{row.runtime} {row.device}: {row.reason}") for row in report.rows if row.reason is not None]
     _say_reasons(console, "not measured on", missing)
+    notes = [(row.name, f"{row.runtime} {row.device}: {row.note}") for row in report.rows if row.note is not None]
+    _say_reasons(console, "not judged on", notes)
+    beside = f"{report.reference} on {report.reference_place}" if report.reference_place else report.reference
+    own = f"; metric {report.metric}" if report.metric else ""
     _say(
         console,
-        f"{report.samples} samples of {report.source}; agreement with {report.reference}; "
+        f"{report.samples} samples of {report.source}{own}; reference {beside}; "
         "host memory above each runtime's own baseline, one fresh process a row",
     )
+    for row in report.rows:
+        if (row.leak_bytes_per_1000_runs or 0) >= LEAK_BYTES:
+            grown = show_size(row.leak_bytes_per_1000_runs)
+            _say(console, f"grows: {row.key}, by {grown} of private memory in 1,000 runs", style="bold")
+    for line in report.gate.lines() if report.gate is not None else ():
+        _say(console, line, style="bold" if line.startswith(("worse", "broken")) else None)
 
 
 def _fitting(width: int, report: Report) -> tuple[list[str], list[str]]:
     """The headings whose columns stand side by side within this width, and those that had to go."""
     headings = columns_of(report)
-    widths = {name: max(len(name), *(len(COLUMNS[name](row)) for row in report.rows)) for name in headings}
+    widths = {name: max(len(name), *(len(COLUMNS[name].text(row)) for row in report.rows)) for name in headings}
     left_out: list[str] = []
     for name in _FIRST_TO_GO:
         if sum(widths[heading] + 3 for heading in headings) > width and name in headings:
@@ -510,7 +529,7 @@ def _draw_result(console: Console, result: Result) -> None:
     _say(console, f"{result.made} stages made, {result.cached} cached{again}")
     size = show_size(result.bundle.stat().st_size)
     _say(console, f"bundle {result.bundle} ({size}, sha256 {result.bundle_sha256[:16]}…)")
-    _say(console, f"report {result.report_path}")
+    _say(console, f"report {result.report_path}, and .html and .md beside it")
     _next(console, f"memopt-export run {result.bundle} PICTURE.png")
 
 

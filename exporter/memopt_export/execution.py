@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memopt.ort_runtime import PROVIDERS
+from memopt.ort_options import PROVIDERS
 from memopt_export.bodies import bodies
 from memopt_export.graph import Wiring, label, wire
 from memopt_export.placement import has_weight

@@ -15,12 +15,15 @@ import numpy as np
 from memopt import machine
 from memopt.accuracy import agreement, sqnr_db, top1
 from memopt.artifact import read_sidecar
-from memopt.compare import cells, compare, save_arrays, subjects
+from memopt.compare import Given, cells, compare, save_arrays, subjects
 from memopt.cuda_driver import open_driver
 from memopt.errors import BackendError, InputRefused, MemoptError
 from memopt.files import refuse_to_overwrite, sha256_file, write_atomically
+from memopt.judgement import Judgement
 from memopt.manifest import MemoryPoint, Stage
+from memopt.memory import STEADY
 from memopt.ort_runtime import NAME as ORT
+from memopt.page import render
 from memopt.probe import Request, measure
 from memopt.report import Report, read_report
 from memopt.strict_json import from_plain, to_json, to_plain
@@ -317,8 +320,8 @@ def compare_bundle(work: Work, bundle: Path, programs: Mapping[str, Path]) -> Re
         found = [*torch_first, *subjects([bundle], trust_engines=True)]  # built by this very run
         todo = cells(found, batches=asked.batches, runtimes=asked.runtimes or None)
         report = compare(
-            todo, samples.feeds, samples.labels,
-            reference="dense-fp32", source=samples.source, machine=machine.describe(), on_row=None,
+            todo, Given(samples.feeds, samples.source, samples.fingerprint),
+            Judgement(samples.labels, work.data.classes), reference="dense-fp32", machine=machine.describe(),
         )  # fmt: skip
         (folder / "report.json").write_text(report.to_json())
 
@@ -334,6 +337,7 @@ def deliver(bundle: Path, report: Report, output: Path) -> None:
     _put(output, bundle.read_bytes())
     _put(report_of(output), report.to_json().encode())
     _put(output.with_suffix(".report.md"), (report.to_markdown() + "\n").encode())
+    _put(output.with_suffix(".report.html"), render(report).encode())
 
 
 def report_of(bundle: Path) -> Path:
@@ -406,8 +410,9 @@ def _measure_points(built: Built, samples: Samples) -> list[MemoryPoint]:
         points = []
         for batch in MEASURED_BATCHES:
             request = Request(str(folder / "draft.mopt"), ORT, "cpu", batch, inputs, variant=built.id, runs=10)
-            steady = measure(request).bill.phases["steady"]
-            sizes = (steady.private_bytes, steady.file_backed_bytes, steady.peak_bytes)
+            bill = measure(request).bill
+            steady = bill.phases[STEADY]
+            sizes = (steady.private_bytes, steady.file_backed_bytes, bill.peak_bytes)
             points.append(MemoryPoint(batch, *sizes, steady.method, ORT))
         return points
 

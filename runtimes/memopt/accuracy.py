@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from memopt.errors import InputRefused
@@ -31,6 +33,20 @@ def topk(logits: Array, labels: Array, *, k: int) -> float:
     return float((best == labels[:, None]).any(axis=1).mean())
 
 
+def confusion(logits: Array, labels: Array) -> Array:
+    """How often each answer was given for each label: (classes, classes), row = label, column = answer.
+
+    >>> confusion(np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]]), np.array([1, 1, 0])).tolist()
+    [[0, 1], [1, 1]]
+    """
+    if labels.min(initial=0) < 0:
+        raise InputRefused(f"label {labels.min()} is negative", hint="labels count from 0")
+    classes = max(logits.shape[1], int(labels.max(initial=0)) + 1)
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (labels, logits.argmax(axis=1)), 1)
+    return counts
+
+
 def agreement(logits: Array, reference: Array) -> float:
     """Share of samples with the same top class as the reference, 0 to 1."""
     return top1(logits, reference.argmax(axis=1))
@@ -44,6 +60,36 @@ def sqnr_db(output: Array, reference: Array) -> float:
     """
     signal = reference.astype(np.float64)
     return ratio_db(float((signal**2).sum()), float(((signal - output.astype(np.float64)) ** 2).sum()))
+
+
+@dataclass(frozen=True)
+class WorstSample:
+    """The sample whose outputs are furthest from the reference's. `sqnr_db` is None where the reference is all zero."""
+
+    index: int
+    sqnr_db: float | None
+    max_difference: float
+
+
+def worst_sample(output: Array, reference: Array) -> WorstSample | None:
+    """The sample with the lowest SQNR, the first of several; None where all are equal to the reference.
+
+    Args:
+        output: (samples, ...), finite.
+        reference: of the same shape.
+
+    >>> worst_sample(np.array([[1.0, 2.0], [1.0, 1.0]]), np.array([[1.0, 2.0], [1.0, 2.0]])).index
+    1
+    """
+    wanted = reference.reshape(len(reference), -1).astype(np.float64)
+    difference = wanted - output.reshape(len(output), -1)
+    signal, noise = (wanted**2).sum(axis=1), (difference**2).sum(axis=1)
+    if not noise.any():
+        return None
+    share = np.divide(noise, signal, out=np.where(noise > 0, np.inf, 0.0), where=signal > 0)
+    index = int(share.argmax())
+    decibels = ratio_db(float(signal[index]), float(noise[index]))
+    return WorstSample(index, finite(decibels), float(np.abs(difference[index]).max()))
 
 
 def ratio_db(signal: float, noise: float) -> float:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from memopt.accuracy import agreement, finite, sqnr_db, top1
-from memopt.artifact import Artifact, open_artifact
+from memopt.artifact import KINDS, Artifact, open_artifact
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import InputRefused, MemoptError, UsageError
+from memopt.judgement import Judgement, judged
 from memopt.manifest import EngineInfo, Profile, Variant
+from memopt.memory import STEADY
 from memopt.probe import Measurement, Request, measure
-from memopt.report import Report, Row
+from memopt.report import Report, Row, held_bytes
 from memopt.runtimes import RUNTIMES
 from memopt.tensors import Array
 
 DEVICES = ("cpu", "cuda")
+SOAK_RUNS = 280  # over which private memory is watched, where they take no longer than some seconds
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Subject:
     precision: str | None = None
     weights_bytes: int | None = None
     activation_bytes: int | None = None  # planned at batch 1
-    distrusted: str | None = None  # why it may not run
+    refused: str | None = None  # why it may not run, or cannot be opened
 
 
 @dataclass(frozen=True)
@@ -47,26 +49,70 @@ class Cell:
     batch: int
     reason: str | None = None
 
+    @property
+    def key(self) -> str:
+        """That of its row."""
+        return _empty_row(self).key
 
-def subjects(paths: Iterable[Path], *, trust_engines: bool = False) -> list[Subject]:
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Samples that all artifacts run on."""
+
+    feeds: Mapping[str, Array]  # by input name; first axis = samples
+    source: str = ""  # where they come from, such as "digits/test"
+    sha256: str | None = None  # of inputs and labels
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Whom a comparison tells: each cell before it is measured, with its number and how many there are; each row."""
+
+    on_cell: Callable[[Cell, int, int], None] = field(default=lambda cell, number, total: None)
+    on_row: Callable[[Row], None] = field(default=lambda row: None)
+
+
+def subjects(
+    paths: Iterable[Path], *, trust_engines: bool = False, refused: Mapping[Path, str] | None = None
+) -> list[Subject]:
     """Every artifact in these files and bundles; a bundle counts for all its variants.
 
     A name that stands more than once gets its path in front. Engines in bundles are code, and not run unless
-    `trust_engines`; an engine named by its own path is.
+    `trust_engines`; an engine named by its own path is. What is damaged, or `refused` already, is a subject with its
+    reason.
 
     Raises:
-        InputRefused, IntegrityError: a file that is no artifact, or a damaged bundle.
+        InputRefused: a file that is not there, or is called like no artifact.
     """
     found: list[Subject] = []
     for path in paths:
-        if path.suffix == ".mopt" or path.is_dir():
-            bundle = open_bundle(path)
-            variants = bundle.manifest.variants
-            found += [_variant_subject(path, bundle, each, trust_engines=trust_engines) for each in variants]
-        else:
-            found.append(Subject(path.name, path, open_artifact(path)))
+        expect_artifact(path)
+        try:
+            if refused is not None and path in refused:
+                raise InputRefused(refused[path])
+            if is_bundle(path):
+                bundle = open_bundle(path)
+                variants = bundle.manifest.variants
+                found += [_variant_subject(path, bundle, each, trust_engines=trust_engines) for each in variants]
+            else:
+                found.append(Subject(path.name, path, open_artifact(path)))
+        except MemoptError as error:
+            found.append(_damaged_subject(path, error.problem))
     names = Counter(subject.name for subject in found)
     return [subject if names[subject.name] == 1 else replace(subject, name=_full_name(subject)) for subject in found]
+
+
+def expect_artifact(path: Path) -> None:
+    """Raises InputRefused for a path that can only be a slip of the hand: nothing is there, or no kind of artifact."""
+    if not is_bundle(path) and path.suffix not in KINDS:
+        raise InputRefused(f"{path} is no model file", hint="one of *" + ", *".join(KINDS) + ", *.mopt")
+    if not path.exists():
+        raise InputRefused(f"{path} does not exist")
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether it is called like a bundle, as one file or a folder."""
+    return path.suffix == ".mopt" or path.is_dir()
 
 
 def cells(
@@ -98,42 +144,60 @@ def cells(
 
 
 def compare(
-    todo: Sequence[Cell], feeds: Mapping[str, Array], labels: Array | None, *,
-    reference: str | None = None, source: str = "", machine: Mapping[str, str] | None = None,
-    on_row: Callable[[Row], None] | None = None,
+    todo: Sequence[Cell], given: Given, judgement: Judgement, *, reference: str | None = None,
+    machine: Mapping[str, str] | None = None, soak_runs: int | None = None, listener: Listener | None = None,
 ) -> Report:  # fmt: skip
     """Measures every cell; one that fails carries its reason and does not stop the others.
 
     Args:
         todo: what to measure, see `cells`.
-        feeds: samples by input name, first axis = samples; the same for all.
-        labels: (samples,), or None when accuracy is unknown.
-        reference: name of the subject that the others are held against; None takes the first. Where it cannot be
-            measured, agreement and SQNR stay unknown.
-        source: where the samples come from, for the report.
+        given: the samples, the same for all.
+        judgement: what the outputs are judged by.
+        reference: name of the subject that the others are held against; None takes the first that can be measured.
+            Where a named one cannot be, agreement, SQNR and ratios stay unknown.
         machine: what to say of this machine.
-        on_row: called with each finished row.
+        soak_runs: over which private memory is watched, however long that takes; None: some hundreds, in few seconds.
+        listener: is told what is measured.
     """
-    reference = reference or todo[0].subject.name
-    if reference not in {cell.subject.name for cell in todo}:
-        raise UsageError(f"the reference {reference!r} is not among what is compared")
-    order = sorted(range(len(todo)), key=lambda i: todo[i].subject.name != reference)  # the reference's outputs first
+    wanted = reference or next((cell for cell in todo if cell.reason is None), todo[0]).subject.name
+    if wanted not in {cell.subject.name for cell in todo}:
+        raise UsageError(f"the reference {wanted!r} is not among what is compared")
+    listener = listener or Listener()
+    order = sorted(range(len(todo)), key=lambda i: todo[i].subject.name != wanted)  # the reference's outputs first
     rows: dict[int, Row] = {}
     expected: Array | None = None
+    place: str | None = None
     with tempfile.TemporaryDirectory(prefix="memopt-compare-") as name:
         folder = Path(name)
-        files = save_arrays(feeds, folder)
-        for i in order:
-            row, outputs = _measure_cell(todo[i], files, folder / f"outputs-{i}.npy")
-            if outputs is not None and expected is None and row.name == reference:
-                expected = outputs
-            if outputs is not None:
-                row = _judge(row, outputs, expected, labels)
-            rows[i] = row
-            if on_row is not None:
-                on_row(row)
-    samples = len(next(iter(feeds.values())))
-    return Report(tuple(rows[i] for i in range(len(todo))), reference, source, samples, dict(machine or {}))
+        files = save_arrays(given.feeds, folder)
+        for number, i in enumerate(order, 1):
+            listener.on_cell(todo[i], number, len(todo))
+            row, outputs = _measure_cell(todo[i], files, folder / f"outputs-{i}", soak_runs)
+            if outputs and expected is None and row.name == wanted:
+                expected, place = outputs[0], row.place
+            rows[i] = judged(row, outputs, expected, judgement) if outputs else row
+            listener.on_row(rows[i])
+    return Report(
+        rows=_with_ratios([rows[i] for i in range(len(todo))], wanted),
+        reference=wanted,
+        source=given.source,
+        samples=len(next(iter(given.feeds.values()))),
+        machine=dict(machine or {}),
+        reference_place=place,
+        samples_sha256=given.sha256,
+        classes=judgement.classes,
+        metric=judgement.metric_name,
+    )
+
+
+def retimed(report: Report, again: Report) -> Report:
+    """The report with the shorter of two timings for each row that `again` has measured as well, and ratios anew.
+
+    A machine that has something else to do makes a model slower, never faster.
+    """
+    others = {row.key: row for row in again.rows if row.p50_ms is not None}
+    rows = [_shorter(row, others.get(row.key)) for row in report.rows]
+    return replace(report, rows=_with_ratios(rows, report.reference))
 
 
 def save_arrays(feeds: Mapping[str, Array], folder: Path) -> dict[str, str]:
@@ -156,8 +220,14 @@ def _variant_subject(path: Path, bundle: Bundle, variant: Variant, *, trust_engi
         precision=variant.precision,
         weights_bytes=memory.weights_bytes,
         activation_bytes=memory.activation_bytes,
-        distrusted=bundle.distrusts(variant, trust_engines=trust_engines),
+        refused=bundle.distrusts(variant, trust_engines=trust_engines),
     )
+
+
+def _damaged_subject(path: Path, why: str) -> Subject:
+    size_bytes = path.stat().st_size if path.is_file() else 0
+    artifact = Artifact(path.name, KINDS.get(path.suffix, "onnx"), memoryview(b""), size_bytes, path=path)
+    return Subject(path.name, path, artifact, refused=why)
 
 
 def _full_name(subject: Subject) -> str:
@@ -169,14 +239,14 @@ def _places(subject: Subject, runtimes: Sequence[str], devices: Sequence[str]) -
     engine = subject.artifact.engine
     openers = [name for name in runtimes if _opens(name, subject.artifact)]
     if not openers:
-        name = engine.flavor if engine is not None and engine.flavor in RUNTIMES else runtimes[0]
-        reason = f"{name} was not asked for" if name not in runtimes else RUNTIMES[name].refuses(subject.artifact)
-        yield name, RUNTIMES[name].DEVICES[0], reason
+        name = engine.flavor if engine is not None and engine.flavor in RUNTIMES else _likely(subject, runtimes)
+        why = subject.refused or RUNTIMES[name].refuses(subject.artifact)
+        yield name, RUNTIMES[name].DEVICES[0], f"{name} was not asked for" if name not in runtimes else why
+    elif subject.refused is not None:
+        yield openers[0], RUNTIMES[openers[0]].DEVICES[0], subject.refused
+        return
     for name in openers:
         runtime = RUNTIMES[name]
-        if subject.distrusted is not None:
-            yield name, runtime.DEVICES[0], subject.distrusted
-            continue
         possible = [device for device in runtime.DEVICES if device in devices and subject.artifact.runs_on(device)]
         reasons = {device: runtime.unavailable(device) for device in possible}
         usable = [device for device, reason in reasons.items() if reason is None]
@@ -186,6 +256,12 @@ def _places(subject: Subject, runtimes: Sequence[str], devices: Sequence[str]) -
             yield name, device, reasons.get(device, f"{device} was not asked for")
 
 
+def _likely(subject: Subject, runtimes: Sequence[str]) -> str:
+    """Of these, the one in whose row it is said why nothing opens it: for an engine, one that is for a GPU alone."""
+    for_engines = [name for name in runtimes if RUNTIMES[name].DEVICES == ("cuda",)]
+    return for_engines[0] if for_engines and subject.artifact.kind == "engine" else runtimes[0]
+
+
 def _opens(name: str, artifact: Artifact) -> bool:
     """Whether the artifact is this runtime's; what was made for one machine is, even on another."""
     if artifact.engine is not None:
@@ -193,14 +269,16 @@ def _opens(name: str, artifact: Artifact) -> bool:
     return RUNTIMES[name].refuses(replace(artifact, cpu=None)) is None
 
 
-def _measure_cell(cell: Cell, files: dict[str, str], outputs: Path) -> tuple[Row, Array | None]:
+def _measure_cell(cell: Cell, files: dict[str, str], folder: Path, soak_runs: int | None) -> tuple[Row, list[Array]]:
+    """The row, and the outputs that have a row for each sample, in the model's order."""
     row = _empty_row(cell)
     engine = cell.subject.artifact.engine
+    folder.mkdir()
     try:
         if cell.reason is not None:
-            return replace(row, reason=cell.reason), None
+            return replace(row, reason=cell.reason), []
         if engine is not None and _profile(engine, cell.batch) is None:
-            return replace(row, reason=f"no profile of the engine takes batch {cell.batch}"), None
+            return replace(row, reason=f"no profile of the engine takes batch {cell.batch}"), []
         request = Request(
             str(cell.subject.path),
             cell.runtime,
@@ -208,11 +286,16 @@ def _measure_cell(cell: Cell, files: dict[str, str], outputs: Path) -> tuple[Row
             cell.batch,
             files,
             cell.subject.variant,
-            outputs=str(outputs),
+            soak_runs=SOAK_RUNS if soak_runs is None else soak_runs,
+            soak_always=soak_runs is not None,
+            allocator=True,
+            outputs=str(folder),
         )
-        return _filled(row, measure(request)), np.load(outputs) if outputs.exists() else None
+        row = _filled(row, measure(request))
     except MemoptError as error:
-        return replace(row, reason=error.problem), None
+        return replace(row, reason=error.problem), []
+    names = sorted((path for path in folder.iterdir()), key=lambda path: int(path.stem))
+    return row, [np.load(path) for path in names] if (folder / "0.npy") in names else []
 
 
 def _empty_row(cell: Cell) -> Row:
@@ -244,26 +327,48 @@ def _profile(engine: EngineInfo, batch: int) -> Profile | None:
 
 
 def _filled(row: Row, found: Measurement) -> Row:
-    steady = found.bill.phases["steady"]
+    steady = found.bill.phases[STEADY]
     return replace(
         row,
         private_bytes=steady.private_bytes,
         file_backed_bytes=steady.file_backed_bytes,
-        peak_bytes=steady.peak_bytes,
-        device_bytes=found.bill.device.used_bytes,
+        peak_bytes=found.bill.peak_bytes,
+        device_bytes=found.bill.device[STEADY].best[0] if found.bill.device else None,
+        leak_bytes_per_1000_runs=found.leak_bytes_per_1000_runs,
         load_ms=found.load_ms,
         p50_ms=found.p50_ms,
         p95_ms=found.p95_ms,
+        p99_ms=found.p99_ms,
+        runs=found.runs,
         placement=found.placement,
         bill=found.bill,
     )
 
 
-def _judge(row: Row, outputs: Array, expected: Array | None, labels: Array | None) -> Row:
-    """The row with accuracy by the labels, and agreement with the reference where that could be measured."""
-    if outputs.ndim == 2 and labels is not None:
-        row = replace(row, top1=top1(outputs, labels))
-    if expected is None or outputs.shape != expected.shape:
+def _shorter(row: Row, other: Row | None) -> Row:
+    if other is None or row.p50_ms is None or other.p50_ms is None or other.p50_ms >= row.p50_ms:
         return row
-    same = agreement(outputs, expected) if outputs.ndim == 2 else None
-    return replace(row, agreement=same, sqnr_db=finite(sqnr_db(outputs, expected)))
+    return replace(row, p50_ms=other.p50_ms, p95_ms=other.p95_ms, p99_ms=other.p99_ms, runs=other.runs)
+
+
+def _with_ratios(rows: Sequence[Row], reference: str) -> tuple[Row, ...]:
+    """The rows with multiples of the reference's memory and latency at the same batch."""
+    return tuple(_with_ratio(row, _counterpart(row, rows, reference)) for row in rows)
+
+
+def _counterpart(row: Row, rows: Sequence[Row], reference: str) -> Row | None:
+    """The reference's row at the same batch: on the same runtime and device, else the first."""
+    there = [each for each in rows if (each.name, each.batch) == (reference, row.batch) and each.reason is None]
+    same = [each for each in there if each.place == row.place]
+    return next(iter(same + there), None)
+
+
+def _with_ratio(row: Row, other: Row | None) -> Row:
+    if other is None or row.reason is not None:
+        return row
+    held, others = held_bytes(row), held_bytes(other)
+    return replace(
+        row,
+        memory_ratio=held / others if held is not None and others else None,
+        latency_ratio=row.p50_ms / other.p50_ms if row.p50_ms and other.p50_ms else None,
+    )

@@ -17,6 +17,7 @@ from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, 
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
+from uuid import UUID
 
 import numpy as np
 
@@ -39,6 +40,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuDeviceGetCount": (POINTER(c_int),),
     "cuDeviceGet": (POINTER(c_int), c_int),
     "cuDeviceGetName": (c_char_p, c_int, c_int),
+    "cuDeviceGetUuid_v2": (c_char_p, c_int),
     "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
     "cuCtxPushCurrent_v2": (c_void_p,),
@@ -126,6 +128,7 @@ class Driver:
         self._call("cuInit", 0)
         self._device = self._first_device()
         self.name = self._read_name()
+        self.uuid = self._read_uuid()
         self.sm = f"sm{self._attribute(_MAJOR)}{self._attribute(_MINOR)}"
         self.version = self._read_version()
 
@@ -213,6 +216,12 @@ class Driver:
         text = ctypes.create_string_buffer(256)
         self._call("cuDeviceGetName", text, len(text), self._device)
         return text.value.decode(errors="replace")
+
+    def _read_uuid(self) -> str:
+        """That of the device, or of its slice (MIG): "12345678-1234-..." without "GPU-" before it."""
+        raw = ctypes.create_string_buffer(16)
+        self._call("cuDeviceGetUuid_v2", raw, self._device)
+        return str(UUID(bytes=raw.raw))
 
     def _attribute(self, number: int) -> int:
         value = c_int()

@@ -19,7 +19,7 @@ from memopt.bundle import Bundle, open_bundle
 from memopt.choice import Choice, choose
 from memopt.errors import InputRefused, IntegrityError, MemoptError, OutOfResource, UsageError
 from memopt.manifest import Variant
-from memopt.memory import Bill, DeviceMemory, give_back, read_host_memory
+from memopt.memory import IMPORT, LOAD, STEADY, Bill, DeviceMemory, give_back, read_host_memory
 from memopt.ort_options import profile_named
 from memopt.preprocess import prepare, prepare_file
 from memopt.runtimes import RUNTIMES
@@ -237,8 +237,9 @@ class Model:
         the model's.
         """
         steady = replace(read_host_memory().above(self._baseline), peak_bytes=None)
-        device = DeviceMemory(allocator_bytes=self._session.device_bytes, method="the session's own account")
-        return Bill({"import": self._baseline, "load": self._loaded, "steady": steady}, device)
+        methods = {"allocator_bytes": self._session.device_method}
+        device = DeviceMemory(allocator_bytes=self._session.device_bytes, methods=methods)
+        return Bill({IMPORT: self._baseline, LOAD: self._loaded, STEADY: steady}, {STEADY: device})
 
     def trim(self) -> None:
         """Gives back what is not used between runs, for applications that wait: on the CPU all but a few KiB.

@@ -89,9 +89,12 @@ def refuses(artifact: Artifact) -> str | None:
 
 def open(  # noqa: A001  # the arrow's name
     artifact: Artifact, *, device: str = "cpu", threads: int = 0, profile: str = "balanced",
-    pool: MemoryPool | None = None,
+    pool: MemoryPool | None = None, record: Path | None = None,
 ) -> OrtSession:  # fmt: skip
-    """A session on exactly this device; see `memopt.session.Runtime.open`. Without a pool it has one to itself."""
+    """A session on exactly this device; see `memopt.session.Runtime.open`. Without a pool it has one to itself.
+
+    Runs are recorded at `record`, by the library's profiler.
+    """
     costs = profile_named(profile)
     reason = refuses(artifact) or unavailable(device)
     if reason is None and not artifact.runs_on(device):
@@ -101,7 +104,7 @@ def open(  # noqa: A001  # the arrow's name
     return_large_blocks()
     if pool is None:
         pool = MemoryPool(region_bytes=region_for(artifact.size_bytes))
-    return OrtSession(artifact, device=device, threads=threads, profile=costs, pool=pool)
+    return OrtSession(artifact, device=device, threads=threads, profile=costs, pool=pool, record=record)
 
 
 def write_optimized(artifact: Artifact, path: Path, *, weights_name: str) -> None:
@@ -135,9 +138,13 @@ def write_optimized(artifact: Artifact, path: Path, *, weights_name: str) -> Non
 class OrtSession:
     """An open ONNX graph. Threads may share it."""
 
-    def __init__(self, artifact: Artifact, *, device: str, threads: int, profile: Profile, pool: MemoryPool) -> None:
+    def __init__(
+        self, artifact: Artifact, *, device: str, threads: int, profile: Profile, pool: MemoryPool,
+        record: Path | None = None,
+    ) -> None:  # fmt: skip
         self._artifact = artifact  # the mapped weights live as long as the session
         self._device, self._threads, self._profile, self._pool = device, threads, profile, pool
+        self._record = record
         self._waking = threading.Lock()
         self._closed = False
         self._opened: _Opened | None = None
@@ -148,6 +155,7 @@ class OrtSession:
         self._sample_bytes = sum(spec.nbytes(1) for spec in self.outputs)
         self.placement: str = opened.placement
         self.device_bytes: int | None = None
+        self.device_method = "unknown: ONNX Runtime's Python API does not tell what its allocators hold"
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs, in order; see `memopt.session.Session.run`."""
@@ -162,6 +170,10 @@ class OrtSession:
                 self._binds = False
                 return self.run(feeds)
             raise _as_ours(error, f"onnxruntime failed in {self._artifact.name}") from error
+
+    def end_record(self) -> Path:
+        """Where the runs so far were recorded; only of a session that was opened with `record`."""
+        return Path(self._wake().session.end_profiling())
 
     def trim(self) -> None:
         """Goes to sleep: weights, arena and the library's session are let go, and the next run opens it again.
@@ -201,6 +213,9 @@ class OrtSession:
         optimized = artifact.cpu is not None
         if optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # that of the file
+        if self._record is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(self._record)
         entries = session_entries(
             self._profile, device=self._device, optimized=optimized, packed=artifact.packed,
             precision=artifact.precision,

@@ -29,6 +29,10 @@ class Session(Protocol):
     def device_bytes(self) -> int | None:
         """What the session holds on the device by its own account; None when it cannot tell."""
 
+    @property
+    def device_method(self) -> str:
+        """How `device_bytes` is known, or why it is not."""
+
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs, in order. The arrays belong to the caller.
 

@@ -180,7 +180,16 @@ class TorchSession:
         self._module: Callable[..., Any] | None = module
         self.inputs, self.outputs = specs["inputs"], specs["outputs"]
         self.placement = f"torch {device}" + (", compiled" if compiled else "")
-        self.device_bytes: int | None = None
+        self.device_method = "torch.cuda.memory_reserved" if device == "cuda" else "unknown: it runs on the CPU"
+
+    @property
+    def device_bytes(self) -> int | None:
+        """What torch's allocator has reserved on the device, for all of this process; None on the CPU."""
+        if self._device != "cuda":
+            return None
+        import torch
+
+        return torch.cuda.memory_reserved()
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs, in order; see `memopt.session.Session.run`."""
@@ -202,7 +211,7 @@ class TorchSession:
             raise BackendError(f"torch failed in {self._name}: {first_line(error)}") from error
 
     def trim(self) -> None:
-        """Gives back what torch has cached on the device; on the CPU it caches nothing."""
+        """Gives back what torch's allocator has reserved on the device and does not use."""
         import torch
 
         if self._device == "cuda":

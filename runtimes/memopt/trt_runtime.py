@@ -168,6 +168,7 @@ class TrtSession:
         self.placement = placement
         self._name = engine.name
         self._engine: _Engine | None = engine
+        self.device_method = "TensorRT's sizes of weights and activations, and the buffers of inputs and outputs"
         self._driver = driver
         self._lock = threading.Lock()
         self._profile: int | None = None  # the one that the context is set to
@@ -219,7 +220,12 @@ class TrtSession:
             return [port.array() for port in outputs]
 
     def trim(self) -> None:
-        """Nothing yet: what an engine holds, its next run needs."""
+        """Frees activations, inputs and outputs; the next run takes them anew."""
+        with self._lock:
+            self._profile = None
+            self._activations.free()
+            for port in self._ports.values():
+                port.free()
 
     def close(self) -> None:
         """Frees the engine and all buffers; a later run raises BackendError. Closing twice is harmless."""

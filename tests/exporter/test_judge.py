@@ -254,7 +254,7 @@ def test_layers_that_the_recipe_leaves_float_are_no_fault(graph, samples_of, cho
 
 def measurement(p50_ms: float, private_bytes: int | None) -> Measurement:
     steady = HostMemory(private_bytes, 0, None, None, "by hand")
-    return Measurement(Bill({"steady": steady}), "CPU", 1.0, p50_ms, p50_ms, 5)
+    return Measurement(Bill({"steady": steady}), "CPU", 1.0, p50_ms, p50_ms, p50_ms, 5)
 
 
 MEASURED = [

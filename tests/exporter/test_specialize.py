@@ -207,10 +207,11 @@ def test_it_never_runs_on_a_gpu(bundle: Path, here: CpuTarget, monkeypatch: pyte
 def test_elsewhere_it_keeps_its_row_in_a_comparison_with_the_reason(
     contents: Contents, tmp_path: Path, here: CpuTarget, tiny_inputs: Array
 ) -> None:
-    from memopt.compare import compare
+    from memopt.compare import Given, compare
+    from memopt.judgement import Judgement
 
     path = elsewhere(contents, tmp_path / "x.mopt", onnxruntime="0.9")
     todo = cells(subjects([path]), batches=(1,), devices=["cpu"], runtimes=["onnxruntime"])
-    rows = {row.name: row for row in compare(todo, {"input": tiny_inputs}, None).rows}
+    rows = {row.name: row for row in compare(todo, Given({"input": tiny_inputs}), Judgement()).rows}
     assert rows["large"].p50_ms
     assert "optimized by onnxruntime 0.9" in (rows[f"large-{here.key}"].reason or "")

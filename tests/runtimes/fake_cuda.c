@@ -120,6 +120,7 @@ API int cuDriverGetVersion(int *version) { *version = 13020; return SUCCESS; }
 API int cuDeviceGetCount(int *count) { *count = device_count; return SUCCESS; }
 API int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return ordinal < device_count ? SUCCESS : NO_DEVICE; }
 API int cuDeviceGetName(char *name, int length, int device) { strncpy(name, "Fake GPU", length); return device; }
+API int cuDeviceGetUuid_v2(char *uuid, int device) { memset(uuid, 0xAB, 16); return device; }
 API int cuDeviceGetAttribute(int *value, int attribute, int device) {
   *value = attribute == 75 ? major : attribute == 76 ? minor : -1;
   return device;

@@ -28,6 +28,7 @@ class FakeSession:
     outputs = (TensorSpec("logits", "float32", ("batch", 3)),)
     placement = "numpy"
     device_bytes: int | None = None
+    device_method = "unknown: it holds nothing"
     closed = False
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
@@ -37,7 +38,7 @@ class FakeSession:
         return [feeds["input"].sum(axis=(1, 2, 3))[:, None] * np.array([[1, 2, 3]], np.float32)]
 
     def trim(self) -> None:
-        pass
+        """It holds nothing."""
 
     def close(self) -> None:
         self.closed = True
@@ -147,6 +148,18 @@ def test_any_batch_runs_and_the_outputs_are_the_callers(session: Session, tiny_i
     assert first[0].shape == (batch, 3)
     assert first[0].dtype == np.float32
     assert np.array_equal(first[0], kept)
+
+
+def test_a_trimmed_session_runs_as_before(session: Session, tiny_inputs: Array) -> None:
+    before = session.run({"input": tiny_inputs})
+    session.trim()
+    assert np.array_equal(session.run({"input": tiny_inputs})[0], before[0])
+    session.trim()
+    session.trim()
+
+
+def test_what_is_held_on_a_device_is_told_with_a_method_or_a_reason(session: Session) -> None:
+    assert session.device_bytes is not None or session.device_method.startswith("unknown: ")
 
 
 def test_a_split_run_equals_a_whole_one(session: Session, tiny_inputs: Array) -> None:

@@ -364,6 +364,14 @@ def test_device_bytes_are_what_the_driver_counts(cuda, session):
     assert session.device_bytes == 0
 
 
+def test_trim_keeps_the_weights_alone_and_the_next_run_works(cuda, session):
+    assert_runs(session, batch_of(32))
+    session.trim()
+    assert session.device_bytes == WEIGHTS == cuda.fake_used()
+    assert_runs(session, batch_of(3))
+    assert session.device_bytes == cuda.fake_used() > WEIGHTS
+
+
 def test_the_context_of_an_application_stays_current(cuda, runtime, artifact):
     theirs, current = ctypes.c_int(), ctypes.c_void_p()
     cuda.cuCtxPushCurrent_v2(ctypes.byref(theirs))
