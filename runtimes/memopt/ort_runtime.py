@@ -151,7 +151,9 @@ class OrtSession:
         opened = self._wake()
         self.inputs = tuple(_spec(value) for value in opened.session.get_inputs())
         self.outputs = tuple(_spec(value) for value in opened.session.get_outputs())
-        self._binds = profile.arena and device == "cpu" and can_hold(self.inputs, self.outputs, named=opened.named)
+        # What is recorded shows outputs too, which is why the library allocates them then.
+        bindable = profile.arena and device == "cpu" and record is None
+        self._binds = bindable and can_hold(self.inputs, self.outputs, named=opened.named)
         self._sample_bytes = sum(spec.nbytes(1) for spec in self.outputs)
         self.placement: str = opened.placement
         self.device_bytes: int | None = None

@@ -60,7 +60,7 @@ def test_what_cannot_be_profiled_is_unknown_with_the_reason(artifact: Artifact) 
 
 
 def test_a_profiler_without_memory_says_so(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    end = ort_runtime.OrtSession.end_profile
+    end = ort_runtime.OrtSession.end_record
 
     def older(session: ort_runtime.OrtSession) -> Path:
         path = end(session)
@@ -72,13 +72,13 @@ def test_a_profiler_without_memory_says_so(artifact: Artifact, monkeypatch: pyte
         path.write_text(json.dumps(events))
         return path
 
-    monkeypatch.setattr(ort_runtime.OrtSession, "end_profile", older)
+    monkeypatch.setattr(ort_runtime.OrtSession, "end_record", older)
     found = allocator_use(artifact, {"x": np.ones((1, SIDE), np.float32)}, device="cpu", threads=1)
     assert found.method == "unknown: the profiler of this onnxruntime does not tell"
 
 
 def test_a_closed_session_has_no_profile(artifact: Artifact, tmp_path: Path) -> None:
-    session = ort_runtime.open(artifact, threads=1, profile=tmp_path / "p")
+    session = ort_runtime.open(artifact, threads=1, record=tmp_path / "p")
     session.close()
     with pytest.raises(BackendError, match=r"products\.onnx is closed"):
-        session.end_profile()
+        session.end_record()
