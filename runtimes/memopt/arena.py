@@ -10,8 +10,8 @@ request, which is the library's other choice, it cannot. Measured on the optimiz
     vit_b_16         60.5         73.6                                78.4                   365.7
 
 The arena's own books are in these figures: a thirty-second of the region, 8 bytes for each piece of 256. The library
-has one arena for the whole process at a time, and each session keeps the one that was registered when it was opened: this
-module registers a pool's arena around that.
+has one arena for the whole process at a time, and each session keeps the one that was registered when it was opened;
+this module registers a pool's arena around that.
 """
 
 from __future__ import annotations
