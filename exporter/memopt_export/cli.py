@@ -461,7 +461,7 @@ def run(
 ) -> None:  # fmt: skip
     """Classify PICTURES with BUNDLE, by the embedded runtime.
 
-    The first run has the graph optimized for this processor, beside, for later ones: in $MEMOPT_CACHE, "off" for nowhere.
+    The first run has the graph optimized for this processor, for later ones, in $MEMOPT_CACHE ("off": not at all).
     """
     from memopt_export import commands, console
 
