@@ -17,7 +17,7 @@ class Profile:
     """What a session gives for memory, and what memory it gives for speed.
 
     Memory that is reused within a run (`enable_mem_reuse`) and laid out ahead (`enable_mem_pattern`) is not among it:
-    in one region both cost memory and gain nothing (vit_b_16 at batch 8: 189 MiB instead of 92, in 2.88 s instead of 2.80).
+    in one region both cost memory and gain nothing (vit_b_16 at batch 8: 189 MiB and 2.88 s, without 92 and 2.80).
     """
 
     arena: bool  # keeps the memory of activations from run to run
