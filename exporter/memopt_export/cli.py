@@ -513,7 +513,10 @@ def run(
     bundle: Path, pictures: Sequence[Path], device: str, variant: str | None, memory_limit: str | None, topk: int,
     keys: Sequence[Path], trust_engines: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Classify PICTURES with BUNDLE, by the embedded runtime."""
+    """Classify PICTURES with BUNDLE, by the embedded runtime.
+
+    The first run has the graph optimized for this processor, for later ones, in $MEMOPT_CACHE ("off": not at all).
+    """
     from memopt_export import commands, console
 
     found = commands.run(

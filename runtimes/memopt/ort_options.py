@@ -17,7 +17,7 @@ class Profile:
     """What a session gives for memory, and what memory it gives for speed.
 
     Memory that is reused within a run (`enable_mem_reuse`) and laid out ahead (`enable_mem_pattern`) is not among it:
-    in one region both cost memory and gain nothing (vit_b_16 at batch 8: 189 MiB against 92, and 2.88 s against 2.91).
+    in one region both cost memory and gain nothing (vit_b_16 at batch 8: 189 MiB and 2.88 s, without 92 and 2.80).
     """
 
     arena: bool  # keeps the memory of activations from run to run
@@ -30,13 +30,13 @@ _FRUGAL_CUDA = {
     "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE allocates the workspace of every algorithm it tries
     "cudnn_conv_use_max_workspace": "0",
 }
-# Measured against plain ONNX Runtime on one core (AVX-512), private MiB at batch 8 and time of a run at batch 1:
+# Measured beside plain ONNX Runtime on one core (AVX-512): private MiB once batch 8 has run, time of a run at batch 1.
 #
 #               resnet50        mobilenet_v2    vit_b_16
-#   plain       295    1.00x    111    1.00x    691     1.00x
-#   fast        see balanced; without packed weights in the file vit_b_16 takes 327 more, and 1.01x
-#   balanced    55     1.00x    69     0.99x    92      0.98x, 1.10x without packed weights in the file
-#   minimum     3      1.05x    3      1.48x    6       1.19x    between runs; while it runs 52, 49 and 65
+#   plain       295    1.00x    111    1.00x    691    1.00x
+#   fast        as balanced; where the file does not hold packed weights, vit_b_16 takes 327 MiB more, and 1.02x
+#   balanced    55     1.01x    58     1.01x    78     1.00x    1.10x where the file does not hold packed weights
+#   minimum     3      1.19x    3      2.80x    5      1.44x    between runs; while batch 8 runs 53, 49 and 65
 PROFILES = {
     "fast": Profile(
         arena=True,

@@ -56,8 +56,8 @@ _SCHEMA = "1"  # of an entry; another one is another key
 _ENTRY, _GRAPH, _WEIGHTS = "entry.json", "graph.onnx", "weights.data"
 _MAX_ENTRY_BYTES = 64 * 2**10
 _TOLERANCE = 1e-3  # of the largest output, where the bundle does not say how far machines may differ
-# `python -m` puts the current folder first on sys.path, where a user's statistics.py would be imported.
-_CHILD = "import sys; sys.path = [p for p in sys.path if p]; from memopt.specialization import main; sys.exit(main())"
+# The child finds modules where this process does, but not in the current folder: a user's statistics.py is not ours.
+_CHILD = "import sys; sys.path = sys.argv[1:]; from memopt.specialization import main; sys.exit(main())"
 _log = logging.getLogger(__name__)
 
 
@@ -229,10 +229,12 @@ def specialize(bundle: Bundle, variant: Variant, source: Source, cache: Cache, *
     request = _Request(
         str(bundle.path.absolute()), variant.id, source, str(cache.folder.absolute()), cache.limit_bytes, memory_bytes
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True,
-    )  # fmt: skip
+    command = [sys.executable, "-c", _CHILD, *filter(None, sys.path)]
+    pipe = subprocess.PIPE
+    try:
+        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+    except (OSError, TypeError) as error:  # TypeError: an interpreter in a program that does not know where it is
+        raise BackendError(f"python cannot be started to optimize {variant.id}: {first_line(error)}") from error
     try:
         stdout, stderr = child.communicate(to_json(request).encode(), timeout=timeout_s)
     except subprocess.TimeoutExpired as error:

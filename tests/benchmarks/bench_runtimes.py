@@ -34,7 +34,7 @@ MIB = 2**20
 LARGE = ("mobilenet_v2", "resnet50", "vit_b_16")
 SHARED = ("resnet50", "vit_b_16")
 PROCESSES = 4
-TURNS, RUNS = 7, {1: 8, 8: 2}  # turns of each way, and runs in a turn, by batch
+TURNS, RUNS = 5, {1: 8, 8: 2}  # turns of each way, and runs in a turn, by batch
 IMPORTS = 9
 CYCLES, CYCLE_RUNS = 100, 100  # of SimpleCNN: 10,000 runs
 
@@ -212,17 +212,18 @@ class Served:
                 found[name].append((time.perf_counter() - started) / 200 * 1e6)
         return {name: statistics.median(times) for name, times in found.items()}
 
-    def batch_within(self, limit: str, batch: int) -> dict[str, float]:
-        """What `fit_batch` says, and what a run of that batch holds."""
-        model = self._model
-        fit = model.fit_batch(limit)
-        feeds = self._inputs(batch or fit.batch)
-        self._base_inputs = sum(array.nbytes for array in feeds.values())
+    def batch_within(self, limit: str) -> dict[str, float]:
+        """The batch that `load` has settled on and what it holds; the one that `fit_batch` reads off the curve, too."""
+        settled = self._model._batch
+        found = {"settled": settled, "settled_mib": self._held(settled)}
+        fit = self._model.fit_batch(limit)
+        return {**found, "batch": fit.batch, "need_mib": fit.need_bytes / MIB, "held_mib": self._held(fit.batch)}
+
+    def _held(self, batch: int) -> float:
+        feeds = self._inputs(batch)
         for _ in range(3):
-            model.run(None, feeds)
-        return {
-            "batch": fit.batch, "need_mib": fit.need_bytes / MIB, "held_mib": self.private() - self._base_inputs / MIB,
-        }  # fmt: skip
+            self._model.run(None, feeds)
+        return self.private() - sum(array.nbytes for array in feeds.values()) / MIB
 
     def _inputs(self, batch: int) -> dict[str, Any]:
         shape = (batch, *SHAPES[self._network])
@@ -310,8 +311,8 @@ def _import(details: dict[str, Any]) -> list[Mark]:
         ]
         ms, mib = (statistics.median(float(each[i]) for each in done) for i in (0, 1))
         details[f"import_{what}"] = {"ms": ms, "private_mib": mib}
-        named = "import memopt" if what == "import" else "import memopt, and memopt.load"
-        marks += [Mark(f"{named}, over numpy", ms, "ms", limit=25), Mark("  its private memory", mib, "MiB", limit=3)]
+        if what == "import":
+            marks += [Mark("import memopt, over numpy", ms, "ms", limit=25), Mark("  its memory", mib, "MiB", limit=3)]
     return marks
 
 
@@ -341,15 +342,19 @@ def _prediction(folder: Path, details: dict[str, Any]) -> list[Mark]:
     path = folder / "measured.mopt"
     part = OnnxPart(network, network, load_graph(plain, checked=True), {}, tuple(points))
     pack(Contents(network, (part,)), path)
-    worst, rows = 0.0, []
+    rows = []
     for limit in ("40MiB", "64MiB", "80MiB", "112MiB"):
         with Way(path, network=network, profile="balanced", specialize="off", memory_limit=limit) as way:
             way.ask("load")
-            row = way.ask("batch_within", limit=limit, batch=0)
+            row = way.ask("batch_within", limit=limit)
         rows.append({"limit": limit, **row})
-        worst = max(worst, abs(row["held_mib"] / row["need_mib"] - 1))
     details["fit_batch"] = rows
-    return [Mark("mobilenet_v2: fit_batch against what that batch holds", 100 * worst, "%", limit=5)]
+    worst = max(abs(row["held_mib"] / row["need_mib"] - 1) for row in rows)
+    most = max(row["settled_mib"] / float(row["limit"].removesuffix("MiB")) for row in rows)
+    return [
+        Mark("mobilenet_v2: fit_batch against what that batch holds", 100 * worst, "%", limit=5),
+        Mark("mobilenet_v2: what the batch tried at load holds, of the limit", most, "x", limit=1),
+    ]
 
 
 if __name__ == "__main__":

@@ -95,6 +95,11 @@ def test_what_is_small_varies_below_the_floors_without_failing() -> None:
     assert held(noisy, base=report(REFERENCE, tiny)).passed
 
 
+def test_memory_once_given_back_is_not_owed_for_ever() -> None:
+    shrank = replace(ROW, leak_bytes_per_1000_runs=-90 * MIB)
+    assert held(ROW, base=report(REFERENCE, shrank)).passed
+
+
 def test_equal_outputs_that_are_not_equal_any_more_are_worse() -> None:
     equal = replace(ROW, sqnr_db=None, max_difference=0.0)
     assert held(equal, base=report(REFERENCE, equal)).passed

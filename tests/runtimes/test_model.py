@@ -248,8 +248,7 @@ def chain_inputs(count: int) -> Array:
 def test_a_batch_without_memory_is_halved_once_and_said(optimistic: Path) -> None:
     with memopt.load(optimistic, device="cpu") as unlimited:
         expected = unlimited(chain_inputs(24))
-    with memopt.load(optimistic, device="cpu", memory_limit="3MiB") as model:  # 2 MiB of it for activations
-        assert model._batch == 64  # as promised
+    with memopt.load(optimistic, device="cpu", pool=memopt.MemoryPool("2MiB")) as model:
         assert np.array_equal(model(chain_inputs(24)), expected)
         assert model.why[-1].startswith(
             "chain: no memory for batch 24, 12 from now on: onnxruntime failed in chain: out"
@@ -259,16 +258,37 @@ def test_a_batch_without_memory_is_halved_once_and_said(optimistic: Path) -> Non
 
 
 def test_a_batch_without_memory_for_its_half_fails(optimistic: Path) -> None:
-    with memopt.load(optimistic, device="cpu", memory_limit="2MiB") as model:
+    with memopt.load(optimistic, device="cpu", pool=memopt.MemoryPool("1MiB")) as model:
         with pytest.raises(OutOfResource, match="out of memory"):
             model(chain_inputs(64))
         assert model(chain_inputs(4)).shape == (4, 1, 128, 128)
 
 
-def test_an_overrun_of_the_limit_is_an_error_and_not_growth(optimistic: Path) -> None:
+def test_a_promise_that_this_machine_does_not_keep_is_corrected_at_load(optimistic: Path) -> None:
+    with memopt.load(optimistic, device="cpu", memory_limit="5MiB") as model:
+        assert model.fit_batch("5MiB").batch == 64  # as promised
+    with memopt.load(optimistic, device="cpu", memory_limit="5MiB") as model:
+        assert model._batch is not None
+        assert 1 <= model._batch < 64
+        assert any(" from now on" in line for line in model.why)
+        assert model(chain_inputs(64)).shape[0] == 64
+        held = model.memory().phases["steady"].private_bytes
+        assert held is not None
+        assert held < 5 * 2**20 + 2 * chain_inputs(64).nbytes
+
+
+def test_a_limit_that_is_really_passed_at_one_sample_fails_at_load(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Model, "_try_batch", lambda self: 20 * 2**20)
+    with pytest.raises(OutOfResource, match=r"large takes 20\.0 MiB at batch 1, limit 9\.00 MiB; hint: memory_limit="):
+        memopt.load(tiny_bundle, device="cpu", memory_limit="9MiB", variant="large")
+
+
+def test_an_overrun_of_the_arena_is_an_error_and_not_growth(optimistic: Path) -> None:
     from memopt.memory import give_back, read_host_memory
 
-    with memopt.load(optimistic, device="cpu", memory_limit="2MiB") as model:
+    with memopt.load(optimistic, device="cpu", pool=memopt.MemoryPool("1MiB")) as model:
         model(chain_inputs(1))
         feeds = {"input": chain_inputs(64)}
         give_back()

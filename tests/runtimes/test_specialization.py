@@ -206,6 +206,16 @@ def test_a_child_that_takes_too_long_is_stopped(tmp_path: Path, tiny_bundle: Pat
         )
 
 
+@pytest.mark.parametrize("python", ["/nowhere/python", None])
+def test_without_a_python_to_start_the_portable_graph_serves(
+    tmp_path: Path, tiny_bundle: Path, tiny_inputs: Array, monkeypatch: pytest.MonkeyPatch, python: str | None
+) -> None:
+    monkeypatch.setattr("sys.executable", python)
+    with load(tiny_bundle, Cache(tmp_path / "cache"), specialize="wait") as model:
+        assert "large: not optimized for this processor: python cannot be started" in model.why[-1]
+        assert model(tiny_inputs).shape == (32, 3)
+
+
 def _request(path: Path, cache: Cache, **unlike: str) -> specialization._Request:
     return specialization._Request(
         str(path), "large", replace(source(path), **unlike), str(cache.folder), cache.limit_bytes, 2**30
