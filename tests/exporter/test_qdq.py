@@ -3,9 +3,9 @@ import pytest
 
 from memopt.accuracy import sqnr_db
 from memopt_export.calibrate import collect_ranges
+from memopt_export.execution import fused_counts
 from memopt_export.graph import Graph, wire
 from memopt_export.placement import place
-from memopt_export.execution import fused_counts
 from memopt_export.qdq import insert
 from memopt_export.recipe import Recipe
 from memopt_export.simplify import simplify
