@@ -464,7 +464,8 @@ def _is_on_grid(row: Array) -> bool:
     gaps = np.diff(np.unique(np.append(levels, 0.0)))
     if not len(gaps):
         return True  # all zero
-    steps = levels / gaps.min()
+    largest = np.abs(levels).max()
+    steps = levels / largest * np.rint(largest / gaps.min())  # a gap alone has lost digits
     return bool(np.abs(steps - np.rint(steps)).max() < _ROUNDING and np.ptp(np.append(steps, 0.0)) <= _LEVELS)
 
 

@@ -11,6 +11,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from memopt import compare, load, probe
+from memopt_export import cli, first_session, inspection, preflight
+
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402  # after the skip
 
@@ -297,7 +300,8 @@ def loop_over_count():
 def scan():
     body = helper.make_graph(
         [node("Add", ["sum_in", "part"], ["sum_out"]), node("Identity", ["sum_out"], ["seen"])], "body",
-        [value("sum_in", shape=(8,)), value("part", shape=(8,))], [value("sum_out", shape=(8,)), value("seen", shape=(8,))],
+        [value("sum_in", shape=(8,)), value("part", shape=(8,))],
+        [value("sum_out", shape=(8,)), value("seen", shape=(8,))],
     )  # fmt: skip
     nodes = [node("Scan", ["zeros", "x"], ["total", "y"], body=body, num_scan_inputs=1)]
     return model(nodes, [value("x")], [value("y")], {"zeros": np.zeros(8, np.float32)})
@@ -460,8 +464,9 @@ def strings_in():
 def sklearn_linear(*, zipmap):
     nodes = [
         node("Scaler", ["X"], ["scaled"], domain="ai.onnx.ml", offset=[0.0] * 8, scale=[1.0] * 8),
-        node("LinearClassifier", ["scaled"], ["label", "probabilities"], domain="ai.onnx.ml", classlabels_ints=[0, 1, 2],
-             coefficients=weight(24).tolist(), intercepts=[0.0] * 3, multi_class=1, post_transform="SOFTMAX"),
+        node("LinearClassifier", ["scaled"], ["label", "probabilities"], domain="ai.onnx.ml",
+             classlabels_ints=[0, 1, 2], coefficients=weight(24).tolist(), intercepts=[0.0] * 3,
+             multi_class=1, post_transform="SOFTMAX"),
     ]  # fmt: skip
     outputs = [value("label", INT64, (None,)), value("probabilities", shape=(None, 3))]
     if zipmap:
@@ -588,3 +593,133 @@ MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
     "nothing goes in": nothing_goes_in,
     "an input comes out": passes_through,
 }
+
+
+# Model -> command -> exit code, and what its one line says. What is not here ends with 0.
+_SHAPE = "the shape of '{}' does not follow from the inputs'; it cannot be planned"
+_STRAIGHT = "plan handles straight graphs only"
+_SCALAR = "expects shape (), got (1,)"
+_QUANTIZED = "the graph is already int8; hint: start from the fp32 graph"
+ALL = ("inspect", "plan", "compare", "simplify", "quantize", "pack")
+NOT: dict[str, dict[str, tuple[int, str]]] = {
+    "TensorFlow, Reshape": {"plan": (3, _SHAPE.format("output_0"))},
+    "TensorFlow, while": {"plan": (3, _STRAIGHT)},
+    "torch 1.0": {"plan": (3, _SHAPE.format("24"))},
+    "dim 0": {"compare": (1, "input 'x' expects shape (0, 8), got (1, 8)")},
+    "no shape": dict.fromkeys(ALL, (3, "input 'x' has no shape, not even a number of dimensions")),
+    "If": {"plan": (3, _STRAIGHT)},
+    "If in If": {"plan": (3, _STRAIGHT), "compare": (1, _SCALAR)},
+    "Loop over a count": {"plan": (3, _STRAIGHT), "compare": (1, _SCALAR)},
+    "Scan": {"plan": (3, _STRAIGHT)},
+    "QLinearConv": {"quantize": (3, _QUANTIZED)},
+    "Q/DQ per channel": {"quantize": (3, _QUANTIZED)},
+    "MatMulInteger": {"quantize": (3, _QUANTIZED)},
+    "INT4 blocks": {"quantize": (3, _QUANTIZED)},
+    "MatMulNBits": {"quantize": (3, _QUANTIZED), "plan": (3, _SHAPE.format("y"))},
+    "tokens and a scalar": {"compare": (1, _SCALAR)},
+    "float16": {"quantize": (3, "the graph is already fp16")},
+    "bfloat16": {"quantize": (3, "the graph is already bf16"), "compare": (3, "input 'x' expects bfloat16")},
+    "sequence within": {"plan": (3, _SHAPE.format("s"))},
+    "optional within": {"plan": (3, _SHAPE.format("o"))},
+    "sequence in": dict.fromkeys(ALL, (3, "'xs' is a sequence; only tensors are supported")),
+    "optional in": dict.fromkeys(ALL, (3, "'x' is a optional; only tensors are supported")),
+    "strings within": {"plan": (3, "tensor 'names' has dtype 'string'")},
+    "strings in": dict.fromkeys(ALL, (3, "'x' holds strings; only numbers are supported")),
+    "scikit-learn, linear": {"plan": (3, _SHAPE.format("scaled"))},
+    "scikit-learn, ZipMap": dict.fromkeys(ALL, (3, "'maps' is a sequence; only tensors are supported")),
+    "scikit-learn, trees": {"plan": (3, _SHAPE.format("variable"))},
+    "com.microsoft": {
+        "plan": (3, _SHAPE.format("n")), "quantize": (3, "a com.microsoft.SkipLayerNormalization, whose types are"),
+    },
+    "local functions": {"plan": (3, _SHAPE.format("y"))},
+    "shape by value": {"plan": (3, _SHAPE.format("at"))},
+    "nothing goes in": {"compare": (3, "d.npz has different numbers of samples, or none")},
+    "an input comes out": {"plan": (3, _SHAPE.format("y"))},
+}  # fmt: skip
+WORDS = {
+    "inspect": ("m.onnx",),
+    "plan": ("m.onnx", "--batch", "1,4"),
+    "compare": ("m.onnx", "--data", "d.npz", "--batch", "1", "--devices", "cpu", "--runtimes", "onnxruntime"),
+    "simplify": ("m.onnx", "-o", "out.onnx"),
+    "quantize": ("m.onnx", "--precision", "fp16", "--no-measure", "-o", "out.onnx"),
+    "pack": ("m.onnx", "-o", "out.mopt"),
+}
+
+
+def samples(proto, rows, *, scalars):
+    """Numbers for each input that is a tensor of them; a scalar is given for each row where `scalars` says so."""
+    rng, feeds = np.random.default_rng(1), {}
+    initialized = {tensor.name for tensor in proto.graph.initializer}
+    for given in proto.graph.input:
+        tensor = given.type.tensor_type
+        if given.name in initialized or tensor.elem_type in (0, STRING):
+            continue
+        dims = [dim.dim_value if dim.dim_value > 0 else 4 for dim in tensor.shape.dim]
+        if dims and not tensor.shape.dim[0].dim_value > 0:
+            dims[0] = rows
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        shape = (rows, *dims[1:]) if scalars else dims
+        feeds[given.name] = np.asarray(np.abs(rng.normal(size=shape) * 2)).astype(dtype)
+    return feeds
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder where all that runs in a process of its own runs in this one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preflight, "open_apart", lambda path, *_, **__: first_session._open(path))
+    monkeypatch.setattr(inspection, "look_apart", _look_here)
+    monkeypatch.setattr(compare, "measure", lambda request, **_: probe._measure_here(request))
+    return tmp_path
+
+
+def _look_here(path, *_, **__):
+    answer = first_session._open(path, look=True)
+    return answer.execution, answer.reason
+
+
+@pytest.mark.parametrize("command", ALL)
+@pytest.mark.parametrize("name", MODELS)
+def test_it_works_or_one_line_says_what_does_not(folder, capsys, name, command):
+    proto = MODELS[name]()
+    onnx.save(proto, "m.onnx")
+    np.savez("d.npz", **samples(proto, 4, scalars=True))
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, *WORDS[command]])
+    told = capsys.readouterr()
+    code, said = NOT.get(name, {}).get(command, (0, ""))
+    assert ended.value.code == code
+    lines = [line for line in told.err.splitlines() if not line.startswith("  ")]  # what goes on is indented
+    if code:
+        assert len(lines) == 1
+        assert said in (lines[0] if code == 3 else told.out)
+    else:
+        assert lines == []
+        assert command != "compare" or "not measured" not in told.out
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "pack" not in NOT.get(name, {}) and name != "bfloat16"])
+def test_simplified_and_packed_it_computes_the_same(folder, name):
+    import onnxruntime
+
+    proto = MODELS[name]()
+    onnx.save(proto, "m.onnx")
+    for command in ("simplify", "pack"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, *WORDS[command]])
+        assert ended.value.code == 0
+    feeds = samples(proto, 0 if name == "dim 0" else 4, scalars=False)
+    sessions = [
+        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in ("m.onnx", "out.onnx")
+    ]
+    expected, simplified = (session.run(None, feeds) for session in sessions)
+    with load("out.mopt", device="cpu") as packed:
+        got = packed.run(None, feeds)
+    for outputs in (simplified, got):
+        for output, wanted in zip(outputs, expected, strict=True):
+            np.testing.assert_allclose(output, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_table_says_of_commands_is_about_models_and_commands_that_exist():
+    assert NOT.keys() <= MODELS.keys()
+    assert {command for told in NOT.values() for command in told} <= set(ALL)
