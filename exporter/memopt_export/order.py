@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from memopt.errors import InputRefused
 from memopt_export.graph import Graph
 from memopt_export.hollow import Executed, as_executed, as_written
 from memopt_export.kernels import VIEWS, Call, overwritten, scratch_bytes
@@ -70,6 +71,21 @@ def reorder(graph: Graph, *, batch: int = 1) -> Reordered:
         if peaks[0] < least[0] and all(now <= was for now, was in zip(peaks, before, strict=True)):
             best, least = candidate, peaks
     return Reordered(best, before[0], least[0])
+
+
+def in_least_order(graph: Graph, *, batch: int = 1) -> Graph:
+    """The graph with its own nodes in the order with the lowest peak, for a session that executes it as it stands.
+
+    The graph itself where no lower one was found, or where shapes are not known.
+    """
+    written = as_written(graph)
+    try:
+        order, before = least_peak(written, batch=batch), plan(written, batch=batch, threads=0)
+        model = _with_nodes(graph, order.nodes)
+        helps = plan(as_written(model), batch=batch, threads=0).activation_bytes < before.activation_bytes
+    except InputRefused:
+        return graph
+    return model if helps else graph
 
 
 def least_peak(executed: Executed, *, batch: int = 1, width: int = WIDTH) -> Order:
