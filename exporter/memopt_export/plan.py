@@ -99,7 +99,6 @@ def plan(
     body = _Body(executed.model.graph, inferred.graph, infer(executed.model, batch=None).graph, threads)
     body.check_views()
     peak = max(range(len(body.totals)), key=body.totals.__getitem__, default=0)
-    known = specs(inferred.graph)
     names = [node_label(node) for node in executed.model.graph.node]
     alive = [block for block in body.blocks if block.first <= peak <= block.last and block.size_bytes]
     return Plan(
@@ -107,7 +106,7 @@ def plan(
         weights_bytes=sum(source.weights_bytes().values()),
         weights=source.weights_bytes(),
         activation_bytes=max(body.totals, default=0),
-        input_bytes=sum(known[spec.name].nbytes(batch) for spec in source.inputs),
+        input_bytes=sum(body.size_bytes(spec.name) for spec in source.inputs),
         output_bytes=sum(body.size_bytes(spec.name) for spec in source.outputs),
         peak_node=names[peak] if names else "",
         peak_tensors=tuple(

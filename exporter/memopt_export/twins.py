@@ -30,6 +30,7 @@ _FOLDED = frozenset({
     "Squeeze", "Sub", "Unsqueeze",
 })  # fmt: skip
 _FOLDED_ELEMENTS = 1024
+_RESIZE_OPSET = 10  # before it there is Upsample, and in it no region of interest
 
 Twin = Callable[["onnx.NodeProto", "_Names"], Iterable["onnx.NodeProto"]]
 
@@ -37,7 +38,8 @@ Twin = Callable[["onnx.NodeProto", "_Names"], Iterable["onnx.NodeProto"]]
 class _Names:
     """Fresh names, and the initializers that twins need."""
 
-    def __init__(self) -> None:
+    def __init__(self, opset: int) -> None:
+        self.opset = opset  # of ONNX's own operators
         self.constants: list[onnx.TensorProto] = []
         self._count = 0
 
@@ -142,18 +144,23 @@ def _fold(model: onnx.ModelProto) -> bool:
 def _twin_model(model: onnx.ModelProto, batch: int | None, dims: Mapping[str, int]) -> onnx.ModelProto:
     import onnx
 
-    twin = onnx.ModelProto(ir_version=model.ir_version)
+    # Before version 4, only initializers that are inputs too count as known.
+    twin = onnx.ModelProto(ir_version=max(model.ir_version, 8))
     twin.functions.extend(model.functions)
     twin.opset_import.extend(entry for entry in model.opset_import if entry.domain != NCHWC)
-    _fill(model.graph, twin.graph, batch, dims)
+    opset = next((entry.version for entry in twin.opset_import if entry.domain in ("", "ai.onnx")), 1)
+    _fill(model.graph, twin.graph, batch, dims, opset, top=True)
     for value in twin.graph.input:
         _fix(value, batch, dims)
     return twin
 
 
-def _fill(source: onnx.GraphProto, twin: onnx.GraphProto, batch: int | None, dims: Mapping[str, int]) -> None:
+def _fill(
+    source: onnx.GraphProto, twin: onnx.GraphProto, batch: int | None, dims: Mapping[str, int], opset: int,
+    *, top: bool = False,
+) -> None:  # fmt: skip
     """Makes `twin` the graph of twins. In place."""
-    names = _Names()
+    names = _Names(opset)
     twin.name = source.name or "twin"
     twin.input.extend(source.input)
     twin.initializer.extend(source.initializer)
@@ -165,14 +172,17 @@ def _fill(source: onnx.GraphProto, twin: onnx.GraphProto, batch: int | None, dim
             for part in copied.attribute:
                 if part.HasField("g"):
                     inner = type(source)()
-                    _fill(part.g, inner, batch, dims)
+                    _fill(part.g, inner, batch, dims, opset)
                     part.g.CopyFrom(inner)
         elif _key(node) in _TWINS:
             twin.node.extend(_TWINS[_key(node)](node, names))
         else:
             stated = [known[name] for name in node.output if name in known]
             twin.input.extend(_fixed(value, batch, dims) for value in stated)
+    given = {value.name for value in source.input}
     for value in source.output:
+        if value.name in given and top:  # inference gives up on it
+            continue
         bare = twin.output.add(name=value.name)
         if value.type.HasField("tensor_type"):
             bare.type.tensor_type.elem_type = value.type.tensor_type.elem_type
@@ -285,7 +295,11 @@ def _upsample(node: onnx.NodeProto, names: _Names) -> Iterator[onnx.NodeProto]:
 
     scales = names.fresh()
     names.constants.append(numpy_helper.from_array(np.asarray(attribute(node, "scales", [1] * 4), np.float32), scales))
-    yield _node("Resize", [node.input[0], "", scales], node.output[:1], mode="nearest")
+    if names.opset < _RESIZE_OPSET:
+        yield _node("Upsample", [node.input[0], scales], node.output[:1], mode="nearest")
+    else:
+        inputs = [node.input[0], "", scales] if names.opset > _RESIZE_OPSET else [node.input[0], scales]
+        yield _node("Resize", inputs, node.output[:1], mode="nearest")
 
 
 def _matmul(node: onnx.NodeProto, names: _Names) -> Iterator[onnx.NodeProto]:

@@ -596,45 +596,30 @@ MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
 
 
 # Model -> command -> exit code, and what its one line says. What is not here ends with 0.
-_SHAPE = "the shape of '{}' does not follow from the inputs'; it cannot be planned"
-_STRAIGHT = "plan handles straight graphs only"
 _SCALAR = "expects shape (), got (1,)"
 _QUANTIZED = "the graph is already int8; hint: start from the fp32 graph"
 ALL = ("inspect", "plan", "compare", "simplify", "quantize", "pack")
 NOT: dict[str, dict[str, tuple[int, str]]] = {
-    "TensorFlow, Reshape": {"plan": (3, _SHAPE.format("output_0"))},
-    "TensorFlow, while": {"plan": (3, _STRAIGHT)},
-    "torch 1.0": {"plan": (3, _SHAPE.format("24"))},
     "dim 0": {"compare": (1, "input 'x' expects shape (0, 8), got (1, 8)")},
     "no shape": dict.fromkeys(ALL, (3, "input 'x' has no shape, not even a number of dimensions")),
-    "If": {"plan": (3, _STRAIGHT)},
-    "If in If": {"plan": (3, _STRAIGHT), "compare": (1, _SCALAR)},
-    "Loop over a count": {"plan": (3, _STRAIGHT), "compare": (1, _SCALAR)},
-    "Scan": {"plan": (3, _STRAIGHT)},
+    "If in If": {"compare": (1, _SCALAR)},
+    "Loop over a count": {"compare": (1, _SCALAR)},
     "QLinearConv": {"quantize": (3, _QUANTIZED)},
     "Q/DQ per channel": {"quantize": (3, _QUANTIZED)},
     "MatMulInteger": {"quantize": (3, _QUANTIZED)},
     "INT4 blocks": {"quantize": (3, _QUANTIZED)},
-    "MatMulNBits": {"quantize": (3, _QUANTIZED), "plan": (3, _SHAPE.format("y"))},
+    "MatMulNBits": {"quantize": (3, _QUANTIZED)},
     "tokens and a scalar": {"compare": (1, _SCALAR)},
     "float16": {"quantize": (3, "the graph is already fp16")},
     "bfloat16": {"quantize": (3, "the graph is already bf16"), "compare": (3, "input 'x' expects bfloat16")},
-    "sequence within": {"plan": (3, _SHAPE.format("s"))},
-    "optional within": {"plan": (3, _SHAPE.format("o"))},
     "sequence in": dict.fromkeys(ALL, (3, "'xs' is a sequence; only tensors are supported")),
     "optional in": dict.fromkeys(ALL, (3, "'x' is a optional; only tensors are supported")),
-    "strings within": {"plan": (3, "tensor 'names' has dtype 'string'")},
     "strings in": dict.fromkeys(ALL, (3, "'x' holds strings; only numbers are supported")),
-    "scikit-learn, linear": {"plan": (3, _SHAPE.format("scaled"))},
     "scikit-learn, ZipMap": dict.fromkeys(ALL, (3, "'maps' is a sequence; only tensors are supported")),
-    "scikit-learn, trees": {"plan": (3, _SHAPE.format("variable"))},
     "com.microsoft": {
-        "plan": (3, _SHAPE.format("n")), "quantize": (3, "a com.microsoft.SkipLayerNormalization, whose types are"),
+        "quantize": (3, "a com.microsoft.SkipLayerNormalization, whose types are"),
     },
-    "local functions": {"plan": (3, _SHAPE.format("y"))},
-    "shape by value": {"plan": (3, _SHAPE.format("at"))},
     "nothing goes in": {"compare": (3, "d.npz has different numbers of samples, or none")},
-    "an input comes out": {"plan": (3, _SHAPE.format("y"))},
 }  # fmt: skip
 WORDS = {
     "inspect": ("m.onnx",),
