@@ -263,7 +263,7 @@ class Model:
         return Bill({IMPORT: self._baseline, LOAD: self._loaded, STEADY: steady}, {STEADY: device})
 
     def trim(self) -> None:
-        """Gives back what is not used between runs, for applications that wait: on the CPU all but a few KiB.
+        """Gives back what is not used between runs, for applications that wait: on the CPU all but some 2 MiB.
 
         The next run takes it again. On a graph that is optimized for this processor that costs some milliseconds, on
         another one as much as loading it.
