@@ -384,9 +384,21 @@ def plan(
     model: Path, batch: tuple[int, ...], budget: int | None, dims: Sequence[tuple[str, int]], svg: Path | None,
     reorder: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Plan the memory of MODEL, an .onnx file, as ONNX Runtime executes it here, without running it."""
+    """Plan the memory of MODEL, without running it.
+
+    An .onnx file is planned as ONNX Runtime executes it here; an engine and a bundle tell what they were built with.
+    """
+    from memopt.compare import is_bundle
     from memopt_export import commands, console
 
+    if model.suffix == ".engine" or is_bundle(model):
+        if dims or svg is not None or reorder is not None:
+            raise UsageError("--dim, --svg and --reorder are for graphs", hint="memopt-export plan MODEL.onnx")
+        needs = commands.needs(model, batch, budget)
+        console.show(needs, as_json=as_json)
+        if not needs.fits:
+            raise _Shown(f"nothing in {model} is known to fit into the budget")
+        return
     plans = commands.plan(model, batch, budget, dims=dict(dims), svg=svg, reordered=reorder, force=force)
     console.show(plans, as_json=as_json)
     if not plans.fits:

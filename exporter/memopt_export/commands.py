@@ -12,7 +12,8 @@ import numpy as np
 
 from memopt import machine
 from memopt.accuracy import max_difference
-from memopt.artifact import Artifact
+from memopt.artifact import Artifact, read_sidecar
+from memopt.batching import MemoryCurve, engine_curve, largest_batch, memory_curve
 from memopt.bundle import Bundle, open_bundle
 from memopt.compare import (
     DEVICES,
@@ -241,6 +242,32 @@ class Plans:
     def fits(self) -> bool:
         """Whether something fits into the budget; true without one."""
         return self.budget_bytes is None or self.largest_batch is not None
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one artifact needs at each batch asked for, in bytes, and who says so; None where that is not known."""
+
+    name: str
+    runtime: str
+    weights_bytes: int | None
+    points: tuple[tuple[int, int | None], ...]
+    largest_batch: int | None
+    method: str
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an engine, or each variant of a bundle, needs by the numbers it carries."""
+
+    path: str
+    needs: tuple[Need, ...]
+    budget_bytes: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether something is known to fit into the budget; true without one."""
+        return self.budget_bytes is None or any(need.largest_batch is not None for need in self.needs)
 
 
 @dataclass(frozen=True)
@@ -536,6 +563,32 @@ def plan(
         reordered=str(reordered) if found is not None and found.helps else None,
         peak_before_bytes=found.before_bytes if found is not None else None,
     )  # fmt: skip
+
+
+def needs(path: Path, batches: Sequence[int], budget_bytes: int | None) -> Needs:
+    """What an engine or a bundle says of itself: TensorRT's figures of each profile, or memory measured at `pack`."""
+    if path.suffix == ".engine":
+        info = read_sidecar(path)
+        curves = [(path.stem, info.flavor, info.weights_bytes, engine_curve(info, info.weights_bytes))]
+    else:
+        curves = [
+            (variant.id, variant.runtime, variant.memory.weights_bytes,
+             memory_curve(variant, runtime=variant.runtime, device="cuda" if variant.engine is not None else "cpu"))
+            for variant in open_bundle(path).manifest.variants
+        ]  # fmt: skip
+    return Needs(str(path), tuple(_need(*each, batches, budget_bytes) for each in curves), budget_bytes)
+
+
+def _need(
+    name: str, runtime: str, weights_bytes: int | None, curve: MemoryCurve | None, batches: Sequence[int],
+    budget_bytes: int | None,
+) -> Need:  # fmt: skip
+    if curve is None:
+        return Need(name, runtime, weights_bytes, tuple((batch, None) for batch in batches), None, "not known")
+    points = tuple((batch, curve.at(batch) if batch <= curve.last_batch else None) for batch in batches)
+    fits = budget_bytes is not None and curve.at(1) <= budget_bytes
+    largest = largest_batch(curve, budget_bytes).batch if fits and budget_bytes is not None else None
+    return Need(name, runtime, weights_bytes, points, largest, curve.method)
 
 
 def _check_dims(graph: Graph, dims: Mapping[str, int]) -> None:

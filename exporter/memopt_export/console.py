@@ -18,6 +18,7 @@ from memopt.sizes import show_size
 from memopt.strict_json import to_json
 from memopt_export.commands import (
     Diagnosis,
+    Needs,
     Packed,
     Plans,
     Predicted,
@@ -353,6 +354,20 @@ def _draw_engine(console: Console, saved: SavedEngine) -> None:
         _say(console, f"not for {target}: {why}")
 
 
+def _draw_needs(console: Console, found: Needs) -> None:
+    batches = [batch for batch, _ in found.needs[0].points] if found.needs else []
+    columns = {"Variant": "left", "Runtime": "left", "Weights": "right"}
+    columns |= {f"Batch {batch}": "right" for batch in batches}
+    columns |= {"Largest": "right"} if found.budget_bytes is not None else {}
+    rows = [
+        [need.name, need.runtime, show_size(need.weights_bytes), *(show_size(size) for _, size in need.points)]
+        + ([str(need.largest_batch or "nothing")] if found.budget_bytes is not None else [])
+        for need in found.needs
+    ]
+    _table(console, columns, rows)
+    _say_reasons(console, "by", [(need.name, need.method) for need in found.needs])
+
+
 def _draw_plans(console: Console, plans: Plans) -> None:
     columns = dict.fromkeys(("Batch", "Weights", "Peak activations", "Input", "Output"), "right") | {"Peak at": "left"}
     rows = [
@@ -363,7 +378,7 @@ def _draw_plans(console: Console, plans: Plans) -> None:
     _table(console, columns, rows)
     first = plans.plans[0]
     held = [f"{name} {show_size(size)}" for name, size in first.peak_tensors]
-    held += [f"and {show_size(scratch)} of its kernel"] if (scratch := first.scratch[first.peak_step]) else []
+    held += [f"and {show_size(first.peak_scratch_bytes)} of its kernel"] if first.peak_scratch_bytes else []
     facts = {
         "nodes": f"{len(first.steps)}, as executed by {first.by}",
         "weights": ", ".join(f"{dtype} {show_size(size)}" for dtype, size in first.weights.items()) or None,
@@ -571,6 +586,7 @@ _DRAW: dict[str, Callable[[Console, Any], None]] = {
     "SavedSimple": _draw_simple,
     "SavedEngine": _draw_engine,
     "Plans": _draw_plans,
+    "Needs": _draw_needs,
     "Report": _draw_report,
     "Packed": _draw_packed,
     "SavedKey": _draw_key,

@@ -65,6 +65,11 @@ class Plan:
         return self.weights_bytes + self.input_bytes + self.activation_bytes
 
     @property
+    def peak_scratch_bytes(self) -> int:
+        """What the kernel at the peak takes beside its tensors."""
+        return self.scratch[self.peak_step] if self.scratch else 0
+
+    @property
     def peak_step(self) -> int:
         """The index of the node at the peak."""
         return max(range(len(self.steps)), key=lambda step: self.steps[step][1], default=0)

@@ -68,7 +68,7 @@ def memory_curve(variant: Variant, *, runtime: str, device: str) -> MemoryCurve 
     """
     memory = variant.memory
     if variant.engine is not None:  # 1
-        return _engine_curve(variant.engine, memory.weights_bytes)
+        return engine_curve(variant.engine, memory.weights_bytes)
     measured = tuple(
         (point.batch, point.private_bytes)
         for point in sorted(memory.measured, key=lambda point: point.batch)
@@ -98,7 +98,8 @@ def largest_batch(curve: MemoryCurve, limit_bytes: int) -> BatchFit:
     return BatchFit(batch, limit_bytes, curve.at(batch), tuple((b, curve.at(b)) for b in powers), curve.method)
 
 
-def _engine_curve(engine: EngineInfo, weights_bytes: int | None) -> MemoryCurve | None:
+def engine_curve(engine: EngineInfo, weights_bytes: int | None) -> MemoryCurve | None:
+    """What an engine needs over the batch, by TensorRT's own figures; None where some are not known."""
     points: list[tuple[int, int]] = []
     for profile in sorted(engine.profiles, key=lambda profile: profile.batches):
         if weights_bytes is None or profile.activation_bytes is None:
