@@ -31,7 +31,7 @@ from memopt.errors import InputRefused, MemoptError, UsageError, first_line
 from memopt.files import refuse_to_overwrite, sha256_file, write_atomically
 from memopt.gate import hold_against, parse_tolerances
 from memopt.judgement import Judgement
-from memopt.manifest import EngineInfo
+from memopt.manifest import EngineInfo, PlannedPoint
 from memopt.preprocess import prepare
 from memopt.report import Report, read_report
 from memopt.runtimes import runtime
@@ -886,15 +886,13 @@ class _Seen:
     inputs: tuple[TensorSpec, ...] | None = None
     precision: str | None = None
     weights_bytes: int | None = None
-    activation_bytes: int | None = None  # planned at batch 1
+    planned: tuple[PlannedPoint, ...] = ()
 
     def told_of(self, subject: Subject) -> Subject:
         """The subject with all of that."""
         if self.weights_bytes is None:
             return subject
-        return replace(
-            subject, precision=self.precision, weights_bytes=self.weights_bytes, activation_bytes=self.activation_bytes
-        )
+        return replace(subject, precision=self.precision, weights_bytes=self.weights_bytes, planned=self.planned)
 
 
 def _look_at(paths: Sequence[Path]) -> tuple[dict[Path, _Seen], dict[Path, str]]:
@@ -923,6 +921,7 @@ def _see(path: Path) -> _Seen:
     from memopt.artifact import read_sidecar
     from memopt.torch_runtime import read_specs
     from memopt_export.graph import load_graph
+    from memopt_export.pack import planned_points
 
     if is_bundle(path):
         return _Seen(open_bundle(path, verify="off").manifest.inputs)
@@ -930,21 +929,9 @@ def _see(path: Path) -> _Seen:
         return _Seen(read_specs(path)["inputs"])
     if path.suffix == ".onnx":
         graph = load_graph(path)
-        return _Seen(graph.inputs, graph.precision, sum(graph.weights_bytes().values()), _planned_bytes(graph))
+        return _Seen(graph.inputs, graph.precision, sum(graph.weights_bytes().values()), planned_points(graph))
     read_sidecar(path)
     return _Seen()
-
-
-def _planned_bytes(graph: Graph) -> int | None:
-    """The activations that are planned at batch 1; None where a graph cannot be planned, or takes another batch."""
-    from memopt_export import plan as planning
-
-    if graph.fixed_batch not in (None, 1):
-        return None
-    try:
-        return planning.plan(graph, batch=1).activation_bytes
-    except MemoptError:
-        return None
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:

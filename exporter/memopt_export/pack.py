@@ -20,12 +20,25 @@ from memopt.bundle import MANIFEST, MIMETYPE, MIMETYPE_BYTES, is_bundle_folder
 from memopt.cpu import CpuTarget
 from memopt.errors import InputRefused, UsageError
 from memopt.files import atomic_file, refuse_to_overwrite, refuse_to_replace, write_folder
-from memopt.manifest import EngineInfo, File, Golden, Manifest, MemoryPoint, Stage, Variant, VariantMemory, encode
+from memopt.manifest import (
+    EngineInfo,
+    File,
+    Golden,
+    Manifest,
+    MemoryPoint,
+    PlannedPoint,
+    Stage,
+    Variant,
+    VariantMemory,
+    encode,
+    planned_at,
+)
 from memopt.preprocess import prepare
 from memopt.signature import entry_of
 from memopt.tensors import Array
 from memopt_export.external_weights import split
 from memopt_export.graph import Graph, run_graph
+from memopt_export.hollow import as_executed, as_written
 from memopt_export.plan import plan
 from memopt_export.sbom import PATH as SBOM
 from memopt_export.sbom import make_sbom
@@ -35,6 +48,7 @@ WEIGHTS = "weights.data"
 LICENSE = "LICENSE"
 _KNOWN_LICENSES = ("Apache-2.0",)
 GOLDEN_SAMPLES = 8
+PLANNED_BATCHES = (1, 8, 32)
 ENGINE_SUFFIX = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
 # By how much of the largest output another machine may differ: rounding, and for int8 a few steps of the last layers.
 # An engine is held to fp16's at best, because TensorRT multiplies float32 in TF32 where it can.
@@ -223,10 +237,12 @@ def _add_graph(part: OnnxPart, model: bytes, weights: bytes, weights_path: str |
     items.append(Entry(path, model))
     if weights_path is not None and all(item.name != weights_path for item in items):
         items.append(Entry(weights_path, weights, PAGE))
+    planned = planned_points(part.graph, as_it_stands=part.cpu is not None)
     memory = VariantMemory(
         file_bytes=len(model) + len(weights),
         weights_bytes=sum(part.graph.weights_bytes().values()),
-        activation_bytes=_planned(part.graph),
+        activation_bytes=planned_at(planned, 1),
+        planned=planned,
         measured=part.measured,
     )
     return Variant(
@@ -244,13 +260,19 @@ def _add_graph(part: OnnxPart, model: bytes, weights: bytes, weights_path: str |
     )
 
 
-def _planned(graph: Graph) -> int | None:
-    """Activations at batch 1, without what threads take once at any batch; None where some depend on values."""
+def planned_points(graph: Graph, *, as_it_stands: bool = False) -> tuple[PlannedPoint, ...]:
+    """Activations at a few batches, or at the graph's own; none where some depend on values.
+
+    What threads take once, whatever the batch, is left out. An optimized graph is executed `as_it_stands`.
+    """
+    executed = as_written(graph) if as_it_stands else as_executed(graph)
+    batches = PLANNED_BATCHES if graph.fixed_batch is None else (graph.fixed_batch,)
     try:
-        found = plan(graph, batch=1, threads=0)
+        plans = [plan(executed, batch=batch, threads=0) for batch in batches]
     except InputRefused:
-        return None
-    return found.activation_bytes if not found.unknown else None
+        return ()
+    known = not any(found.unknown for found in plans)
+    return tuple(PlannedPoint(found.batch, found.activation_bytes) for found in plans) if known else ()
 
 
 def _add_engine(part: EnginePart, contents: Contents, items: list[Entry]) -> Variant:

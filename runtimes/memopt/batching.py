@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from memopt.errors import InputRefused, OutOfResource
-from memopt.manifest import EngineInfo, Variant
+from memopt.manifest import EngineInfo, Variant, planned_at
 from memopt.session import Session
 from memopt.sizes import show_size
 from memopt.tensors import Array, TensorSpec, check_feeds
@@ -76,9 +76,10 @@ def memory_curve(variant: Variant, *, runtime: str, device: str) -> MemoryCurve 
     )
     if measured:  # 2
         return MemoryCurve(measured, "private memory, measured when the bundle was built")
-    if memory.weights_bytes is None or memory.activation_bytes is None:
+    if memory.weights_bytes is None or not memory.plan:
         return None
-    planned = tuple((batch, memory.weights_bytes + batch * memory.activation_bytes) for batch in (1, LARGEST_BATCH))
+    batches = sorted({1, LARGEST_BATCH, *(point.batch for point in memory.plan)})
+    planned = tuple((batch, memory.weights_bytes + (planned_at(memory.plan, batch) or 0)) for batch in batches)
     return MemoryCurve(planned, "planned: weights + activations")  # 3
 
 

@@ -14,7 +14,7 @@ from memopt.artifact import KINDS, Artifact, open_artifact
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import InputRefused, MemoptError, UsageError
 from memopt.judgement import Judgement, judged
-from memopt.manifest import EngineInfo, Profile, Variant
+from memopt.manifest import EngineInfo, PlannedPoint, Profile, Variant, planned_at
 from memopt.memory import STEADY
 from memopt.probe import Measurement, Request, measure
 from memopt.report import Report, Row, held_bytes
@@ -36,7 +36,7 @@ class Subject:
     variant: str | None = None
     precision: str | None = None
     weights_bytes: int | None = None
-    activation_bytes: int | None = None  # planned at batch 1
+    planned: tuple[PlannedPoint, ...] = ()
     refused: str | None = None  # why it may not run, or cannot be opened
 
 
@@ -220,7 +220,7 @@ def _variant_subject(path: Path, bundle: Bundle, variant: Variant, *, trust_engi
         variant=variant.id,
         precision=variant.precision,
         weights_bytes=memory.weights_bytes,
-        activation_bytes=memory.activation_bytes,
+        planned=memory.plan,
         refused=bundle.distrusts(variant, trust_engines=trust_engines),
     )
 
@@ -316,10 +316,10 @@ def _empty_row(cell: Cell) -> Row:
 
 
 def _planned(subject: Subject, profile: Profile | None, batch: int) -> int | None:
-    """Planned activations: of an engine its profile's, of a graph the plan, which is linear in the batch."""
+    """Planned activations: of an engine its profile's, of a graph those of its plan."""
     if subject.artifact.engine is not None:
         return profile.activation_bytes if profile is not None else None
-    return subject.activation_bytes * batch if subject.activation_bytes is not None else None
+    return planned_at(subject.planned, batch)
 
 
 def _profile(engine: EngineInfo, batch: int) -> Profile | None:

@@ -6,9 +6,13 @@ with its engine and its memory, the golden samples, the lineage back to the weig
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from memopt.cpu import CpuTarget
 from memopt.errors import IntegrityError, UsageError
@@ -16,7 +20,7 @@ from memopt.strict_json import from_json, refuse_duplicates, to_json
 from memopt.tensors import TensorSpec
 
 FORMAT = "memopt.bundle"
-SCHEMA = "1.3"  # 1.1 added license_file and sbom, 1.2 cpu, 1.3 golden pictures
+SCHEMA = "1.3"  # 1.1 added license_file and sbom, 1.2 cpu, 1.3 golden pictures and what is planned at other batches
 MAX_MANIFEST_BYTES = 4 * 2**20
 
 
@@ -73,6 +77,31 @@ class MemoryPoint:
 
 
 @dataclass(frozen=True)
+class PlannedPoint:
+    """The planned peak of activations at one batch."""
+
+    batch: int
+    activation_bytes: int
+
+
+def planned_at(points: Sequence[PlannedPoint], batch: int) -> int | None:
+    """The planned peak at this batch: straight between points, in proportion beyond them; None without any.
+
+    >>> points = PlannedPoint(1, 100), PlannedPoint(8, 450)
+    >>> planned_at(points, 8), planned_at(points, 2), planned_at(points, 16)
+    (450, 150, 900)
+    """
+    if not points:
+        return None
+    ordered = sorted(points, key=lambda point: point.batch)
+    last = ordered[-1]
+    if batch >= last.batch:
+        return math.ceil(last.activation_bytes * batch / last.batch)
+    batches, sizes = zip(*((point.batch, point.activation_bytes) for point in ordered), strict=True)
+    return math.ceil(float(np.interp(batch, batches, sizes)))
+
+
+@dataclass(frozen=True)
 class VariantMemory:
     """Static numbers of a variant and the points measured when it was built."""
 
@@ -80,6 +109,13 @@ class VariantMemory:
     weights_bytes: int | None
     activation_bytes: int | None  # planned peak at batch 1
     measured: tuple[MemoryPoint, ...] = ()
+    planned: tuple[PlannedPoint, ...] = ()  # the same at other batches
+
+    @property
+    def plan(self) -> tuple[PlannedPoint, ...]:
+        """All that is planned; bundles before schema 1.3 know of batch 1 only."""
+        first = (PlannedPoint(1, self.activation_bytes),) if self.activation_bytes is not None else ()
+        return self.planned or first
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ FULL, BROKEN, INTERRUPTED = (
 @pytest.fixture(autouse=True)
 def no_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a plan writes for ONNX Runtime to read at once is no result."""
-    monkeypatch.setattr("memopt_export.plan.as_executed", as_written)
+    monkeypatch.setattr("memopt_export.pack.as_executed", as_written)
 
 
 @dataclass
