@@ -23,7 +23,7 @@ from memopt.strict_json import from_json, to_json, to_plain
 
 RECORD = "stage.json"
 _MAKING = ".making-"
-_SHOWS_ONLY = frozenset({"cli.py", "__main__.py", "commands.py", "console.py", "inspection.py"})
+_SHOWS_ONLY = frozenset({"cli.py", "__main__.py", "commands.py", "console.py", "findings.py", "inspection.py"})
 # Distributions whose version changes what a stage makes.
 TOOLS = (
     "numpy", "onnx", "onnxruntime-gpu", "onnxruntime", "onnxscript", "scikit-learn", "tensorrt", "tensorrt-rtx",
