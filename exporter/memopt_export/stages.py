@@ -24,8 +24,8 @@ from memopt.strict_json import from_json, to_json, to_plain
 RECORD = "stage.json"
 _MAKING = ".making-"
 _SHOWS_ONLY = frozenset({
-    "cli.py", "__main__.py", "commands.py", "console.py", "inspection.py", "charts.py", "gate.py", "page.py",
-    "pictures.py",
+    "cli.py", "__main__.py", "commands.py", "console.py", "inspection.py", "charts.py", "findings.py", "gate.py",
+    "page.py", "pictures.py", "plan_svg.py",
 })  # fmt: skip
 # Distributions whose version changes what a stage makes.
 TOOLS = (
