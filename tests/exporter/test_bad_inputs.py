@@ -456,7 +456,7 @@ REQUESTS: dict[str, tuple[tuple[str, ...], int, str]] = {
     "86 bytes that are no text": (("verify", os.fsdecode(b"\xff.mopt")), 3, r"\udcff.mopt does not exist"),
     "86 name beyond the limit": (("verify", "n" * 300), 3, "n: File name too long"),
     "86 name that leads to itself": (("inspect", "ring/x.onnx"), 3, "ring/x.onnx does not exist"),
-    "87 budget": (("run", "b.mopt", "p.png", "--memory-limit", "1KiB"), 6, "variant, small, needs 2.06 MiB"),
+    "87 budget": (("run", "b.mopt", "p.png", "--memory-limit", "1KiB"), 6, "smallest variant: small 2.06 MiB"),
     "87 plan": (("plan", "m.onnx", "--budget", "1KiB"), 1, "does not fit into the budget"),
     "89 no GPU library": (("run", "b.mopt", "p.png", "--device", "tensorrt"), 5, "nothing that runs on tensorrt"),
     "90 an engine of others": (("run", "b.mopt", "p.png", "--variant", "large-rtx"), 5, "engines are code"),

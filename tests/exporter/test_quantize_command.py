@@ -141,7 +141,7 @@ def worse(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(request: object) -> Measurement:
         p50_ms, private = answers.pop(0)
         steady = HostMemory(private, 0, None, private, "by hand")
-        return Measurement(Bill({"steady": steady}), "CPU", 1.0, p50_ms, p50_ms, 5)
+        return Measurement(Bill({"steady": steady}), "CPU", 1.0, p50_ms, p50_ms, p50_ms, 5)
 
     monkeypatch.setattr(judge, "measure_file", measure)
 
