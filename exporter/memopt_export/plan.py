@@ -15,6 +15,7 @@ from memopt_export.bodies import captured, node_label, subgraphs
 from memopt_export.graph import Graph
 from memopt_export.hollow import Executed, as_executed, as_written
 from memopt_export.kernels import VIEWS, Call, overwritten, scratch_bytes
+from memopt_export.loop_shapes import loop_states
 from memopt_export.tensor_rules import size_bytes
 from memopt_export.twins import infer, specs
 
@@ -252,7 +253,12 @@ class _Body:
         return source if _same_size(self._symbols.get(source), self._symbols.get(node.output[0])) else None
 
     def _inner_bytes(self, node: onnx.NodeProto) -> int:
-        """The largest peak of the node's branches, or its loop's body; a branch writes into the node's outputs."""
+        """What the node's branches or its loop's body take beside its outputs, at the most.
+
+        A branch writes into the outputs. A loop's body reads the states that its last turn made while it makes new
+        ones, of which the last become the outputs.
+        """
+        states = list(loop_states(node))
         peaks = [0]
         for graph, inferred, symbolic in zip(
             subgraphs(node), _bodies_of(self._inferred, node), _bodies_of(self._symbolic, node), strict=False
@@ -260,7 +266,9 @@ class _Body:
             body = _Body(graph, inferred, symbolic, self._threads, outputs_outside=node.op_type == "If")
             self.unknown.update(body.unknown)
             peaks.append(max(body.totals, default=0))
-        return max(peaks)
+        before = sum(self.size_bytes(name) for _, name in states)
+        returned = sum(self.size_bytes(node.output[slot]) for slot, _ in states if node.output[slot])
+        return max(0, max(peaks) + before - returned)
 
 
 def node_reads(node: onnx.NodeProto) -> Iterator[str]:
@@ -271,7 +279,7 @@ def node_reads(node: onnx.NodeProto) -> Iterator[str]:
 
 def _bodies_of(graph: onnx.GraphProto, node: onnx.NodeProto) -> list[onnx.GraphProto]:
     """The bodies of the same node in another form of the graph."""
-    twin = next((each for each in graph.node if each.output[:1] == node.output[:1]), None)
+    twin = next((each for each in graph.node if each.op_type == node.op_type and each.input == node.input), None)
     return list(subgraphs(twin)) if twin is not None else []
 
 

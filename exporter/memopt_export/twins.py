@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from memopt.errors import InputRefused, first_line
 from memopt.tensors import TensorSpec
 from memopt_export.graph import attribute, tensor_spec
+from memopt_export.loop_shapes import infer_bodies, keep_state_shapes
 
 if TYPE_CHECKING:
     import onnx
@@ -70,8 +72,12 @@ def infer(model: onnx.ModelProto, *, batch: int | None, dims: Mapping[str, int] 
     """
     twin = _twin_model(model, batch, dims or {})
     inferred = _inferred(twin, batch)
-    while batch is not None and _has_unknown(inferred) and _fold(inferred):
+    if batch is None:
+        return inferred
+    while _has_unknown(inferred) and (_fold(inferred) or keep_state_shapes(inferred)):
+        inferred.graph.ClearField("value_info")
         inferred = _inferred(inferred, batch)
+    infer_bodies(inferred, partial(_inferred, batch=batch))
     return inferred
 
 
@@ -126,7 +132,11 @@ def _fold(model: onnx.ModelProto) -> bool:
             values[node.output[0]] = np.asarray(shape[taken], np.int64)
         elif node.op_type in _FOLDED and all(name in values for name in node.input if name):
             feeds = {name: values[name] for name in node.input if name}
-            results: Any = ReferenceEvaluator(node).run(None, feeds)
+            try:
+                results: Any = ReferenceEvaluator(node).run(None, feeds)
+            except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):  # the graph would fail there
+                kept.append(node)
+                continue
             values[node.output[0]] = results[0]
         else:
             kept.append(node)
@@ -135,8 +145,7 @@ def _fold(model: onnx.ModelProto) -> bool:
     if len(kept) == len(model.graph.node):
         return False
     nodes = type(model.graph)(node=kept)
-    for name in ("node", "value_info"):
-        model.graph.ClearField(name)
+    model.graph.ClearField("node")
     model.graph.node.extend(nodes.node)
     return True
 

@@ -270,3 +270,43 @@ def test_a_batch_that_does_not_meet_a_weight_is_refused(net):
 def test_a_batch_of_nothing_is_refused(chain):
     with pytest.raises(InputRefused, match="batch is 0; hint: --batch 1"):
         plan(chain, batch=0)
+
+
+def looping(*, before):
+    """Three turns of sqrt, exp, concat, slice over a state of 256 KiB a sample; what begins is the input, or not."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    def value(name, kind=TensorProto.FLOAT, shape=None):
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    body = helper.make_graph(
+        [helper.make_node("Sqrt", ["state"], ["a"]), helper.make_node("Exp", ["a"], ["b"]),
+         helper.make_node("Concat", ["b", "b"], ["c"], axis=1),
+         helper.make_node("Slice", ["c", "zero", "width", "one"], ["made"]),
+         helper.make_node("Identity", ["go"], ["on"])],
+        "body",
+        [value("turn", TensorProto.INT64, []), value("go", TensorProto.BOOL, []), value("state")],
+        [value("on", TensorProto.BOOL, []), value("made")],
+    )  # fmt: skip
+    nodes = [helper.make_node("Abs", ["x"], ["begin"])] if before else []
+    nodes.append(
+        helper.make_node("Loop", ["turns", "yes", "begin" if before else "x"], ["end"], body=body, name="loop")
+    )
+    nodes.append(helper.make_node("Log", ["end"], ["y"]))
+    constants = {"turns": 3, "yes": True, "zero": [0], "width": [65536], "one": [1]}
+    graph = helper.make_graph(
+        nodes, "looping", [value("x", shape=["batch", 65536])], [value("y")],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )  # fmt: skip
+    return Graph(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), "0" * 64)
+
+
+def test_a_loop_takes_what_its_body_does_and_the_state_of_the_turn_before(tracing, tmp_path):
+    graphs = [looping(before=False), looping(before=True)]
+    for index, graph in enumerate(graphs):
+        save_graph(graph, tmp_path / f"{index}.onnx")
+    traced = tracing([Run(str(tmp_path / f"{index}.onnx"), 2) for index in range(2)])
+    for graph, measured in zip(graphs, traced, strict=True):
+        found = plan(graph, batch=2, threads=1)
+        assert (found.activation_bytes, found.unknown) == (measured, ())
+    assert traced == [8 * 2**18, 10 * 2**18]  # two states, and b and c of the body; begin beside them
