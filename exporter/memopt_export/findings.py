@@ -369,13 +369,13 @@ def _scattered_zeros(model: Model) -> Iterator[Finding]:
 
 def _unfused(model: Model) -> Iterator[Finding]:
     if model.execution is not None:
-        what = "DequantizeLinear are left between integers and floats that are quantized again"
+        what = "between integers and floats that are quantized again"
         yield from _left("unfused Q/DQ", what, model.execution.activations, model.served)
 
 
 def _unpacked_in_each_run(model: Model) -> Iterator[Finding]:
     if model.execution is not None:
-        what = "quantized weights become floats in every run, beside the integers that are held"
+        what = "behind stored weights, which become floats in every run beside the integers"
         yield from _left("unpacked in each run", what, model.execution.weights, model.served)
 
 
@@ -429,7 +429,7 @@ def _left(check: str, what: str, left: Left, remedy: str) -> Iterator[Finding]:
     """A finding about what ONNX Runtime leaves as it stands; none where it leaves nothing."""
     if left.count:
         unknown = f" ({left.unsized} of unknown size are not counted)" if left.unsized else ""
-        said = f"{left.count} {what}, in ONNX Runtime on this CPU{unknown}"
+        said = f"{left.count} DequantizeLinear left by ONNX Runtime on this CPU {what}{unknown}"
         yield Finding(check, said, left.nodes[:_SHOWN], left.readers, 0, left.float_bytes, remedy)
 
 

@@ -240,7 +240,7 @@ def test_what_is_left_unfused_and_unpacked_is_told_with_its_floats() -> None:
     assert [(each.check, each.memory_bytes, each.count) for each in found] == [
         ("unpacked in each run", 9 * KIB, 40), ("unfused Q/DQ", 5 * KIB, 40),
     ]  # fmt: skip
-    assert found[1].what.startswith("3 DequantizeLinear are left")
+    assert found[1].what.startswith("3 DequantizeLinear left by ONNX Runtime on this CPU between")
     assert "(2 of unknown size are not counted)" in found[1].what
     assert len(found[1].where) == 5
 

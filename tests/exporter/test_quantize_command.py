@@ -122,6 +122,21 @@ def test_inspect_tells_what_quantized_it(
     assert facts["data sha256"] == told.fingerprint
 
 
+def test_the_end_says_what_did_not_take_and_what_to_type_with_the_float_file_s_name(
+    type_: Callable[..., Answer],
+) -> None:
+    halves = type_("--precision", "fp16")
+    assert "found memory " in halves.out
+    assert "of float32 in ONNX Runtime on this CPU: " in halves.out
+    assert (
+        "  remedy: memopt-export quantize cnn.onnx --precision int8 --target cpu --data SPEC -o INT8.onnx" in halves.out
+    )
+    (found,) = json.loads(type_("--precision", "fp16", "--force", "--json").out)["findings"]
+    assert found["check"] == "unpacked at load"
+    few = type_(*QUICK, "--samples", 3, "--force").out
+    assert "found at no cost in bytes: ranges of activations from 3 samples of data.npz/train, fewer than 32" in few
+
+
 def test_what_is_known_and_what_is_not_is_shown(type_: Callable[..., Answer]) -> None:
     labelled = type_(*QUICK)
     assert "top-1 " in labelled.out
