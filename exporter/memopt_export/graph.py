@@ -23,6 +23,7 @@ from memopt.strict_json import from_json
 from memopt.tensors import DTYPE_BITS, Array, TensorSpec, nbytes
 from memopt_export.bodies import bodies, captured, inner_nodes
 from memopt_export.provenance import Provenance, from_card, to_card
+from memopt_export.tensor_rules import plain_name
 
 if TYPE_CHECKING:
     import onnx
@@ -387,17 +388,16 @@ def is_quantized(model: onnx.ModelProto) -> bool:
 
 def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
     """Name, dtype and shape of an input, an output or a tensor between; a nameless free dimension is called "batch"."""
-    from onnx import helper
-
     kind = value.type.WhichOneof("value")
     if kind != "tensor_type":
         raise InputRefused(f"{value.name!r} is a {kind or 'value of unknown type'}; only tensors are supported")
     tensor = value.type.tensor_type
-    dtype = helper.tensor_dtype_to_string(tensor.elem_type).removeprefix("TensorProto.").lower()
+    if not tensor.elem_type:
+        raise InputRefused(f"{value.name!r} has no dtype")
     shape = tuple(
         dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or FREE_DIMENSION) for dim in tensor.shape.dim
     )
-    return TensorSpec(value.name, _ONNX_NAMES.get(dtype, dtype), shape)
+    return TensorSpec(value.name, plain_name(tensor.elem_type), shape)
 
 
 _ONNX_NAMES = {"float": "float32", "double": "float64"}
