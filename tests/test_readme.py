@@ -63,8 +63,8 @@ def test_the_readme_shows_every_command_but_the_pipeline_that_make_runs() -> Non
 
 
 @pytest.mark.usefixtures("typed")
-def test_the_embedding_example_runs(folder: Path) -> None:
-    (example,) = PYTHON
+def test_the_embedding_examples_run(folder: Path) -> None:
+    example = "\n".join(PYTHON)
     prologue = "import numpy as np\nx = np.zeros((3, 1, 28, 28), np.float32)\n"
     epilogue = "\nprint(logits.shape, len(best[0]), fit.batch, sorted(bill.phases))"
     command = [sys.executable, "-c", prologue + example + epilogue]

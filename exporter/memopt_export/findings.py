@@ -16,9 +16,9 @@ import numpy as np
 
 from memopt.sizes import show_size
 from memopt.tensors import Array
-from memopt_export.bodies import bodies, captured
+from memopt_export.bodies import bodies, captured, node_label
 from memopt_export.execution import Execution, Left
-from memopt_export.graph import METADATA_KEY, Graph, Wiring, label, wire
+from memopt_export.graph import METADATA_KEY, Graph, Wiring, wire
 from memopt_export.placement import WEIGHTED
 from memopt_export.tensor_rules import Place, check_tensor, plain_name, size_bytes
 
@@ -165,8 +165,8 @@ class Model:
         """The matrices and kernels of the main graph's layers, plain or behind a DequantizeLinear."""
         read = {node.input[1] for node in self.wiring.nodes if node.op_type in WEIGHTED and len(node.input) > 1}
         for node in self.wiring.nodes:
-            if node.op_type == "DequantizeLinear" and node.output[0] in read:
-                read.add(node.input[0])
+            if node.op_type == "DequantizeLinear" and not read.isdisjoint(node.output):
+                read.update(node.input[:1])
         return tuple(one for one in self.own if one.name in read and len(one.tensor.dims) > 1)
 
     @cached_property
@@ -205,7 +205,7 @@ class Model:
 def stored_in(model: onnx.ModelProto, folder: Path) -> tuple[Stored, ...]:
     """All tensors that a model stores; external data, which need not be loaded, lies in `folder`."""
     initializers = {tensor.name for tensor in model.graph.initializer}
-    constants = {node.output[0] for node in model.graph.node if node.op_type == "Constant"}
+    constants = {name for node in model.graph.node if node.op_type == "Constant" for name in node.output}
     found: list[Stored] = []
     for index, body in enumerate(bodies(model)):
         for name, tensor in body.tensors():
@@ -302,12 +302,13 @@ def _notes(model: Model) -> Iterator[Finding]:
     places, traces = [], 0
     for body in bodies(proto):
         size += sum(value.ByteSize() for value in body.graph.value_info)
-        for part in (body.graph, *body.graph.node, *getattr(body.graph, "initializer", ())):
-            texts = [part.doc_string, *(entry.value for entry in part.metadata_props)]
+        parts = [(body.graph.name, body.graph), *((node_label(node), node) for node in body.graph.node)]
+        parts += [(tensor.name, tensor) for tensor in getattr(body.graph, "initializer", ())]
+        for name, part in parts:
             own = len(part.doc_string.encode()) + sum(entry.ByteSize() for entry in part.metadata_props)
             size += own
-            places += [part.name or ", ".join(getattr(part, "output", ()))] if own else []
-            traces += any(_STACK.search(text) is not None for text in texts)
+            places += [name] if own else []
+            traces += any(map(_STACK.search, (part.doc_string, *(entry.value for entry in part.metadata_props))))
     said = f"; {traces} of them name the source files of whoever exported it" if traces else ""
     if size:
         what = f"doc strings, metadata and shapes that nothing needs to run{said}"
@@ -402,7 +403,7 @@ def _calibration(model: Model) -> Iterator[Finding]:
     else:
         what = f"ranges of activations from {told.samples} samples of {told.source}, fewer than {FEW_SAMPLES}"
     if static and (told is None or told.source is None or told.samples < FEW_SAMPLES):
-        names = tuple(map(label, static[:_SHOWN]))
+        names = tuple(map(node_label, static[:_SHOWN]))
         yield Finding("calibration", what, names, len(static), 0, 0, model.calibrated)
 
 
@@ -484,5 +485,6 @@ def _is_two_of_four(values: Array) -> bool:
 
 def _has_static_range(node: onnx.NodeProto, wiring: Wiring) -> bool:
     """Whether the node quantizes an activation with a scale that was found beforehand."""
-    quantizes = node.op_type == "QuantizeLinear" and node.input[0] not in wiring.initializers
-    return (quantizes or node.op_type.startswith("QLinear")) and node.input[1] in wiring.initializers
+    source, scale = [*node.input, "", ""][:2]
+    quantizes = node.op_type == "QuantizeLinear" and source not in wiring.initializers
+    return (quantizes or node.op_type.startswith("QLinear")) and scale in wiring.initializers

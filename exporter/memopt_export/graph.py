@@ -391,6 +391,8 @@ def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
     if kind != "tensor_type":
         raise InputRefused(f"{value.name!r} is a {kind or 'value of unknown type'}; only tensors are supported")
     tensor = value.type.tensor_type
+    if not tensor.elem_type:
+        raise InputRefused(f"{value.name!r} has no dtype")
     shape = tuple(
         dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or FREE_DIMENSION) for dim in tensor.shape.dim
     )

@@ -372,6 +372,24 @@ def test_what_cannot_be_opened_is_inspected_without_a_session(tmp_path: Path, mo
     assert found.unseen == (f"what ONNX Runtime executes: {error.problem}",)
 
 
+def test_nodes_without_inputs_and_outputs_do_no_harm_where_nobody_checked_them(tmp_path: Path, monkeypatch) -> None:
+    def crash(*_, **__):
+        raise BackendError("onnxruntime crashed")
+
+    bare = ["Constant", "DequantizeLinear", "QuantizeLinear", "QLinearConv", "MatMul", "Conv", "If"]
+    model = drawn({"w": W})
+    model.graph.node.extend(helper.make_node(kind, [], []) for kind in bare)
+    model.graph.ClearField("name")
+    model.graph.doc_string = "x" * 2 * KIB
+    onnx.save(model, tmp_path / "m.onnx")
+    monkeypatch.setattr(inspection, "look_apart", crash)
+    assert [each.check for each in inspection.inspect(tmp_path / "m.onnx").findings] == ["notes"]
+    model.graph.output[0].type.tensor_type.ClearField("elem_type")
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(InputRefused, match="'y' has no dtype"):
+        inspection.inspect(tmp_path / "m.onnx")
+
+
 def test_what_onnxruntime_refuses_is_inspected_and_what_onnx_refuses_is_not(tmp_path: Path) -> None:
     strange = drawn({"w": W})
     strange.graph.node[0].domain = "com.microsoft"
