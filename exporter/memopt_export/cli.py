@@ -377,12 +377,13 @@ def engine(
 @click.option("--budget", type=_Size(), help="Find the largest batch within this size, such as 64MiB.")
 @click.option("--dim", "dims", type=_Dimension(), multiple=True, help="A free dimension, such as sequence=128. Repeat.")
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw the first plan: memory over the order of execution.")
+@click.option("--measure", is_flag=True, help="Hold it against runs on zeros at the smallest and largest batch.")
 @click.option("--reorder", type=click.Path(path_type=Path), help="Save the graph in an order that needs less, if any.")
 @_force
 @_json
 def plan(
     model: Path, batch: tuple[int, ...], budget: int | None, dims: Sequence[tuple[str, int]], svg: Path | None,
-    reorder: Path | None, force: bool, as_json: bool,
+    measure: bool, reorder: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Plan the memory of MODEL, without running it.
 
@@ -392,14 +393,18 @@ def plan(
     from memopt_export import commands, console
 
     if model.suffix == ".engine" or is_bundle(model):
-        if dims or svg is not None or reorder is not None:
-            raise UsageError("--dim, --svg and --reorder are for graphs", hint="memopt-export plan MODEL.onnx")
+        if dims or measure or svg is not None or reorder is not None:
+            raise UsageError(
+                "--dim, --svg, --measure and --reorder are for graphs", hint="memopt-export plan MODEL.onnx"
+            )
         needs = commands.needs(model, batch, budget)
         console.show(needs, as_json=as_json)
         if not needs.fits:
             raise _Shown(f"nothing in {model} is known to fit into the budget")
         return
-    plans = commands.plan(model, batch, budget, dims=dict(dims), svg=svg, reordered=reorder, force=force)
+    plans = commands.plan(
+        model, batch, budget, dims=dict(dims), svg=svg, reordered=reorder, measure=measure, force=force
+    )
     console.show(plans, as_json=as_json)
     if not plans.fits:
         raise _Shown(f"{model} does not fit into the budget at batch 1")

@@ -12,7 +12,7 @@ import numpy as np
 
 from memopt import machine
 from memopt.accuracy import max_difference
-from memopt.artifact import Artifact, read_sidecar
+from memopt.artifact import Artifact, open_artifact, read_sidecar
 from memopt.batching import MemoryCurve, engine_curve, largest_batch, memory_curve
 from memopt.bundle import Bundle, open_bundle
 from memopt.compare import (
@@ -234,6 +234,9 @@ class Plans:
     plans: tuple[Plan, ...]
     budget_bytes: int | None = None
     largest_batch: int | None = None
+    # (batch, bytes of tensors that a run asked for), without what kernels take while they run
+    measured: tuple[tuple[int, int | None], ...] = ()
+    measured_by: str | None = None
     svg: str | None = None  # where the first plan's picture is
     reordered: str | None = None  # where the graph in another order is
     peak_before_bytes: int | None = None  # of the order in the file, where another one was sought
@@ -242,6 +245,15 @@ class Plans:
     def fits(self) -> bool:
         """Whether something fits into the budget; true without one."""
         return self.budget_bytes is None or self.largest_batch is not None
+
+    @property
+    def line(self) -> tuple[float, float] | None:
+        """Activations over the batch, as measured: bytes that are there at any batch, and bytes of each sample."""
+        if len(self.measured) < 2 or any(size is None for _, size in self.measured):
+            return None
+        (one, low), (other, high) = self.measured[0], self.measured[-1]
+        each = ((high or 0) - (low or 0)) / (other - one)
+        return (low or 0) - each * one, each
 
 
 @dataclass(frozen=True)
@@ -523,7 +535,7 @@ def engine(
 
 def plan(
     model: Path, batches: Sequence[int], budget_bytes: int | None, *, dims: Mapping[str, int], svg: Path | None,
-    reordered: Path | None, force: bool,
+    reordered: Path | None, measure: bool, force: bool,
 ) -> Plans:  # fmt: skip
     """The static memory plan, and the largest batch whose weights, inputs and activations fit into the budget.
 
@@ -534,6 +546,7 @@ def plan(
         dims: sizes of free dimensions by name.
         svg: where a picture of the first plan goes, or None.
         reordered: where the graph goes in an order of nodes that needs less, if there is one, or None.
+        measure: whether the smallest and the largest batch are run too, on zeros.
         force: whether existing files may be replaced.
 
     Raises:
@@ -557,12 +570,33 @@ def plan(
         write_atomically(svg, draw(plans[0], title=model.name).encode(), force=force)
     if reordered is not None and found is not None and found.helps:
         save_graph(found.graph, reordered, force=force)
+    measured = _allocated(model, graph, batches, dims) if measure else ((), None)
     return Plans(
-        str(model), plans, budget_bytes, largest,
+        str(model), plans, budget_bytes, largest, *measured,
         svg=str(svg) if svg is not None else None,
         reordered=str(reordered) if found is not None and found.helps else None,
         peak_before_bytes=found.before_bytes if found is not None else None,
     )  # fmt: skip
+
+
+def _allocated(
+    model: Path, graph: Graph, batches: Sequence[int], dims: Mapping[str, int]
+) -> tuple[tuple[tuple[int, int | None], ...], str | None]:
+    """What runs at the smallest and the largest batch asked ONNX Runtime's allocator for, and by which method."""
+    from memopt.ort_allocator import allocator_use
+
+    low, high = min(batches), max(batches)
+    high = high if high > low else 2 * low
+    found, method = [], None
+    for batch in (low, high) if graph.fixed_batch is None else (low,):
+        feeds = {
+            spec.name: np.zeros([d if isinstance(d, int) else dims.get(d, batch) for d in spec.shape], spec.dtype)
+            for spec in graph.inputs
+        }
+        use = allocator_use(open_artifact(model), feeds, device="cpu", threads=0)
+        found.append((batch, use.activation_bytes))
+        method = use.method
+    return tuple(found), method
 
 
 def needs(path: Path, batches: Sequence[int], budget_bytes: int | None) -> Needs:

@@ -384,6 +384,9 @@ def _draw_plans(console: Console, plans: Plans) -> None:
         "weights": ", ".join(f"{dtype} {show_size(size)}" for dtype, size in first.weights.items()) or None,
         "at the peak": _some(held),
         "at least, without": _some(first.unknown) and f"{_some(first.unknown)}, whose sizes depend on values",
+        "tensors, measured": ", ".join(f"batch {batch}: {show_size(size)}" for batch, size in plans.measured) or None,
+        "as a line": plans.line and f"{show_size(round(plans.line[0]))} and {show_size(round(plans.line[1]))} a sample",
+        "method": plans.measured_by,
         "drawn": plans.svg,
     }
     if plans.peak_before_bytes is not None:

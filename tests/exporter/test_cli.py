@@ -234,7 +234,10 @@ def test_the_way_of_one_model(type_: Callable[..., Answer], folder: Path, tmp_pa
     assert half["precision"] == "fp16"
     built = document("engine", tmp_path / "fp16.onnx", "--target", "sm86,sm75", "-o", tmp_path / "fp16.engine")
     assert built["info"]["targets"] == ["sm86", "sm75"]
-    planned = document("plan", model, "--batch", "1,8", "--budget", "4MiB", "--svg", tmp_path / "plan.svg")
+    planned = document("plan", model, "--batch", "1,8", "--budget", "4MiB", "--svg", tmp_path / "plan.svg", "--measure")
+    for each, (batch, measured) in zip(planned["plans"], planned["measured"], strict=True):
+        assert each["batch"] == batch
+        assert 0.9 * measured <= each["activation_bytes"] <= measured + max(each["scratch"]) + 4096
     one, eight = (each["activation_bytes"] - max(each["scratch"]) for each in planned["plans"])
     assert 7 * one < eight <= 8 * one + max(planned["plans"][0]["scratch"])
     assert planned["largest_batch"] >= 8
