@@ -37,7 +37,7 @@ def specialize(part: OnnxPart) -> OnnxPart:
 def optimize(graph: Graph) -> Graph:
     """The graph with every optimization of ONNX Runtime for this processor, weights laid out for it.
 
-    Its nodes stand in the order with the lowest peak that was found: an optimized graph is executed as it stands.
+    Its nodes stand in the order with the lowest peak that was found: where there is no arena, it is executed so.
     """
     import onnxruntime
 

@@ -215,7 +215,10 @@ class OrtSession:
         optimized = artifact.cpu is not None
         if optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # that of the file
+            if not self._profile.arena:
+                # The file's order, in which least is alive at once. In an arena it is placing that counts: ResNet-50 at
+                # batch 8 has 41 MiB alive instead of 49, and takes 59 instead of 53.
+                options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         if self._record is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(self._record)
         entries = session_entries(
