@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from memopt.ort_options import PROVIDERS
 from memopt_export.bodies import bodies
-from memopt_export.graph import Wiring, label, wire
+from memopt_export.graph import Wiring, label, stored_bytes, wire
 from memopt_export.placement import has_weight
-from memopt_export.tensor_rules import plain_name, size_bytes
+from memopt_export.tensor_rules import size_bytes
 
 if TYPE_CHECKING:
     import onnx
@@ -27,6 +29,7 @@ FUSED = frozenset({
 })  # fmt: skip
 # Initializers smaller than this are written into the optimized graph, whose others are not read.
 _SMALL_BYTES = 1024
+_NOWHERE = "nowhere"
 _SHOWN = 32  # names that travel with a count
 
 
@@ -90,19 +93,30 @@ def executed(source: str | bytes, made: onnxruntime.SessionOptions) -> tuple[onn
     Raises:
         one of `memopt.ort_runtime.library_errors`: ONNX Runtime cannot open it.
     """
+    optimized, session = open_optimized(source, made)
+    taken: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        taken[part.ep_name] += len(part.get_nodes())
+    return optimized, dict(taken)
+
+
+def open_optimized(
+    source: str | bytes, made: onnxruntime.SessionOptions
+) -> tuple[onnx.ModelProto, onnxruntime.InferenceSession]:
+    """A session, and the graph that it executes, without the data of its large weights; see `executed`."""
     import onnx
     import onnxruntime
 
     with tempfile.TemporaryDirectory(prefix="memopt-execution-") as folder:
         made.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         prefix = "session.optimized_model_external_initializers_"
-        made.add_session_config_entry(f"{prefix}file_name", "weights")
+        made.add_session_config_entry(f"{prefix}file_name", _NOWHERE)
         made.add_session_config_entry(f"{prefix}min_size_in_bytes", str(_SMALL_BYTES))
+        # Large weights are not read, so they go nowhere; where this link cannot be, they go into the folder.
+        with contextlib.suppress(OSError):
+            (Path(folder) / _NOWHERE).symlink_to(os.devnull)
         session = onnxruntime.InferenceSession(source, made, providers=[PROVIDERS["cpu"]])
-        taken: Counter[str] = Counter()
-        for part in session.get_provider_graph_assignment_info():
-            taken[part.ep_name] += len(part.get_nodes())
-        return onnx.load(made.optimized_model_filepath, load_external_data=False), dict(taken)
+        return onnx.load(made.optimized_model_filepath, load_external_data=False), session
 
 
 def read(
@@ -120,7 +134,7 @@ def read(
     return Execution(
         operators=dict(Counter(node.op_type for body in bodies(optimized) for node in body.graph.node).most_common()),
         providers=dict(providers),
-        held_bytes=_held(optimized),
+        held_bytes={dtype: size for dtype, size in stored_bytes(optimized).items() if dtype != "string"},
         fused=(_fused(optimized), layers),
         activations=_activations_left(wiring, sizes),
         weights=_weights_left(wiring),
@@ -148,17 +162,6 @@ def count_layers(model: onnx.ModelProto) -> int:
 
 def _fused(optimized: onnx.ModelProto) -> int:
     return sum(node.op_type in FUSED for node in optimized.graph.node)
-
-
-def _held(optimized: onnx.ModelProto) -> dict[str, int]:
-    from onnx import TensorProto
-
-    held: Counter[str] = Counter()
-    for body in bodies(optimized):
-        for _, tensor in body.tensors():
-            if tensor.data_type != TensorProto.STRING:
-                held[plain_name(tensor.data_type)] += size_bytes(tensor.data_type, tensor.dims)
-    return dict(held)
 
 
 def _weights_left(wiring: Wiring) -> Left:

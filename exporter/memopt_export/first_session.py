@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from memopt.errors import BackendError, InputRefused, MemoptError, OutOfResource, first_line, printable
-from memopt.memory import read_host_memory
+from memopt.memory import limit_process, read_host_memory
 from memopt.ort_runtime import library_errors
 from memopt.sizes import show_size
 from memopt.strict_json import from_json, to_json
 from memopt_export import execution
 from memopt_export.bodies import bodies, node_label, subgraphs
 from memopt_export.execution import Execution
-from memopt_export.graph import free_negative_dims
+from memopt_export.graph import free_negative_dims, has_fixed_shape, set_nodes
 from memopt_export.tensor_rules import check_tensor, is_external, load, size_bytes
 
 if TYPE_CHECKING:
@@ -130,9 +130,9 @@ def _crash(path: Path, code: int, stderr: str) -> MemoptError:
 def _answer_request() -> None:
     """The other process: a request on standard input, the answer on standard output."""
     request = from_json(_Request, sys.stdin.buffer.read(), where="the request")
-    _limit(resource.RLIMIT_AS, request.memory_bytes)
-    _limit(resource.RLIMIT_CPU, request.cpu_s)
-    _limit(resource.RLIMIT_CORE, 0)
+    limit_process(resource.RLIMIT_AS, request.memory_bytes)
+    limit_process(resource.RLIMIT_CPU, request.cpu_s)
+    limit_process(resource.RLIMIT_CORE, 0)
     try:
         answer = _open(Path(request.path), look=request.look)
     except InputRefused as error:
@@ -140,12 +140,6 @@ def _answer_request() -> None:
     except MemoryError:
         answer = _Answer("OutOfResource", "needs more memory to open than it may have")
     sys.stdout.write(to_json(answer))
-
-
-def _limit(what: int, value: int) -> None:
-    hard = resource.getrlimit(what)[1]
-    soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(what, (soft, hard))
 
 
 def _open(path: Path, *, look: bool = False) -> _Answer:
@@ -249,9 +243,7 @@ def _hide_long_constants(model: onnx.ModelProto) -> None:
             model.graph.input.append(lengths[node.output[0]])
         else:
             kept.append(node)
-    nodes = type(model.graph)(node=kept)
-    model.graph.ClearField("node")
-    model.graph.node.extend(nodes.node)
+    set_nodes(model.graph, kept)
 
 
 class _Unfolding:
@@ -270,7 +262,7 @@ class _Unfolding:
         """
         values = (*graph.value_info, *graph.output)
         sizes = {value.name: _bytes(value) for value in values}
-        known = {value.name for value in values if _is_known(value)}
+        known = {value.name for value in values if has_fixed_shape(value)}
         constants = set(around) | {tensor.name for tensor in graph.initializer}
         for node in graph.node:
             inner = tuple(subgraphs(node))
@@ -296,12 +288,6 @@ def _bytes(value: onnx.ValueInfoProto) -> int:
     if not value.type.HasField("tensor_type") or not tensor.HasField("shape") or not tensor.elem_type:
         return 0
     return size_bytes(tensor.elem_type, (dim.dim_value if dim.HasField("dim_value") else 1 for dim in tensor.shape.dim))
-
-
-def _is_known(value: onnx.ValueInfoProto) -> bool:
-    """Whether the value is a tensor with all its dims."""
-    tensor = value.type.tensor_type
-    return tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim)
 
 
 def _start_session(

@@ -114,13 +114,18 @@ class Graph:
 
     def weights_bytes(self) -> dict[str, int]:
         """Bytes of all that the graph stores by dtype, the largest first: initializers, Constant nodes, subgraphs."""
-        sizes: dict[str, int] = {}
-        for body in bodies(self.model):
-            for _, tensor in body.tensors():
-                dtype = plain_name(tensor.data_type)
-                size = nbytes(dtype, math.prod(tensor.dims)) if dtype in DTYPE_BITS else tensor.ByteSize()  # strings
-                sizes[dtype] = sizes.get(dtype, 0) + size
-        return dict(sorted(sizes.items(), key=lambda each: -each[1]))
+        return dict(sorted(stored_bytes(self.model).items(), key=lambda each: -each[1]))
+
+
+def stored_bytes(model: onnx.ModelProto) -> dict[str, int]:
+    """Bytes of all tensors that a model stores by dtype, those of its bodies and of Constant nodes included."""
+    sizes: dict[str, int] = {}
+    for body in bodies(model):
+        for _, tensor in body.tensors():
+            dtype = plain_name(tensor.data_type)
+            size = nbytes(dtype, math.prod(tensor.dims)) if dtype in DTYPE_BITS else tensor.ByteSize()  # strings
+            sizes[dtype] = sizes.get(dtype, 0) + size
+    return sizes
 
 
 def load_graph(path: Path, *, checked: bool = False) -> Graph:
@@ -291,6 +296,13 @@ def copy_fields(
             getattr(target, field.name).CopyFrom(value)
 
 
+def set_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Leaves the graph these nodes, which may be its own, in this order. In place."""
+    chosen = type(graph)(node=nodes)  # copies: the graph's own end with its field
+    graph.ClearField("node")
+    graph.node.extend(chosen.node)
+
+
 def label(node: onnx.NodeProto) -> str:
     """What a node is called: its name, or its first output where the exporter gave none."""
     return node.name or node.output[0]
@@ -351,6 +363,12 @@ def wire(model: onnx.ModelProto) -> Wiring:
         {tensor.name: tensor for tensor in model.graph.initializer},
         frozenset(value.name for value in model.graph.output),
     )
+
+
+def has_fixed_shape(value: onnx.ValueInfoProto) -> bool:
+    """Whether the value is a tensor with all its dims."""
+    tensor = value.type.tensor_type
+    return tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim)
 
 
 _QUANTIZED_OPERATORS = frozenset({

@@ -7,25 +7,26 @@ memory where the real weights would take seconds and gigabytes, and no node is r
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memopt.errors import OutOfResource, first_line
 from memopt.ort_runtime import library_errors, version
+from memopt_export.execution import open_optimized
 from memopt_export.graph import Graph, copy_fields
 from memopt_export.tensor_rules import dtype_name, size_bytes
+from memopt_export.twins import infer
 
 if TYPE_CHECKING:
     import onnx
 
 # Initializers below this keep their values: they may be shapes, or what a fusion looks for.
 _HOLLOW_BYTES = 2**18
-_KEPT_BYTES = 2**10  # smaller ones stay in the optimized graph
-_ZEROS, _NOWHERE = "zeros", "nowhere"
+_ZEROS = "zeros"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Executed:
     model: onnx.ModelProto
     source: Graph
     by: str  # who runs them so, such as "onnxruntime 1.31.1"
+
+    @cached_property
+    def symbolic(self) -> onnx.ModelProto:
+        """The shapes by which ONNX Runtime tells tensors of one size: those of no batch in particular."""
+        return infer(self.model, batch=None)
 
 
 def as_written(graph: Graph, *, because: str | None = None) -> Executed:
@@ -61,26 +67,15 @@ def as_executed(graph: Graph) -> Executed:
 
 
 def _optimize(graph: Graph, folder: Path) -> onnx.ModelProto:
-    import onnx
     import onnxruntime
 
-    hollow = _hollow(graph.model, folder / _ZEROS)
-    (folder / "graph.onnx").write_bytes(hollow.SerializeToString())
+    (folder / "graph.onnx").write_bytes(_hollow(graph.model, folder / _ZEROS).SerializeToString())
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # it warns that what it writes fits this processor alone
     options.intra_op_num_threads = 1
-    options.optimized_model_filepath = str(folder / "optimized.onnx")
-    for key, value in {
-        "session.disable_prepacking": "1",
-        "session.optimized_model_external_initializers_file_name": _NOWHERE,
-        "session.optimized_model_external_initializers_min_size_in_bytes": str(_KEPT_BYTES),
-    }.items():
-        options.add_session_config_entry(key, value)
-    # What the library writes as weights is of no use; where this link cannot be, it goes into the folder.
-    with contextlib.suppress(OSError):
-        (folder / _NOWHERE).symlink_to(os.devnull)
-    onnxruntime.InferenceSession(str(folder / "graph.onnx"), options, providers=["CPUExecutionProvider"])
-    return onnx.load(str(folder / "optimized.onnx"), load_external_data=False)
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    optimized, _ = open_optimized(str(folder / "graph.onnx"), options)
+    return optimized
 
 
 def _hollow(model: onnx.ModelProto, zeros: Path | None = None) -> onnx.ModelProto:

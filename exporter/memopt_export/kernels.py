@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from memopt.tensors import TensorSpec
 from memopt_export.graph import attribute
-from memopt_export.twins import NCHWC
+from memopt_export.twins import kernel_of
 
 if TYPE_CHECKING:
     import onnx
@@ -56,18 +56,14 @@ class Call:
 
 def overwritten(node: onnx.NodeProto) -> str | None:
     """The input over which the node writes where it may."""
-    slot = _IN_PLACE.get(_key(node))
+    slot = _IN_PLACE.get(kernel_of(node))
     return node.input[slot] if slot is not None and slot < len(node.input) and node.input[slot] else None
 
 
 def scratch_bytes(call: Call) -> int:
     """What the kernel takes beside its output while it runs; 0 for those that take nothing, or are not known."""
-    need = _SCRATCH.get(_key(call.node))
+    need = _SCRATCH.get(kernel_of(call.node))
     return need(call) if need is not None and call.dims(call.node.output[0]) else 0
-
-
-def _key(node: onnx.NodeProto) -> str:
-    return f"nchwc.{node.op_type}" if node.domain == NCHWC else node.op_type
 
 
 def _output(call: Call) -> int:

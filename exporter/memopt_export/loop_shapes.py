@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from memopt.errors import InputRefused
 from memopt_export.bodies import captured
-from memopt_export.graph import attribute
+from memopt_export.graph import attribute, has_fixed_shape
 
 if TYPE_CHECKING:
     import onnx
@@ -28,9 +28,10 @@ def keep_state_shapes(model: onnx.ModelProto) -> bool:
     for node in model.graph.node:
         for slot, name in loop_states(node):
             begins = values.get(name)
-            if begins is None or not node.output[slot] or _has_shape(values.get(node.output[slot])):
+            returned = values.get(node.output[slot])
+            if begins is None or not node.output[slot] or (returned is not None and has_fixed_shape(returned)):
                 continue
-            if _has_shape(begins):
+            if has_fixed_shape(begins):
                 returned = model.graph.input.add()
                 returned.CopyFrom(begins)
                 returned.name, node.output[slot] = node.output[slot], ""
@@ -62,7 +63,7 @@ def _infer_body(
     inner = type(model)(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     inner.graph.CopyFrom(body)
     for value, outer, drops_first in _inputs(node, inner.graph):
-        if outer in values and not _has_shape(value):
+        if outer in values and not has_fixed_shape(value):
             value.type.CopyFrom(values[outer].type)
             if drops_first:
                 del value.type.tensor_type.shape.dim[0]
@@ -95,9 +96,3 @@ def _values(graph: onnx.GraphProto) -> dict[str, onnx.ValueInfoProto]:
     for tensor in graph.initializer:
         values[tensor.name] = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
     return values
-
-
-def _has_shape(value: onnx.ValueInfoProto | None) -> bool:
-    if value is None or not value.type.tensor_type.HasField("shape"):
-        return False
-    return all(dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from memopt.errors import OutOfResource
-from memopt.memory import STATUS, give_back, kib_fields, read_host_memory
+from memopt.memory import STATUS, give_back, kib_fields, limit_process, read_host_memory
 from memopt.sizes import show_size
 from memopt_export import correct
 from memopt_export.calibrate import SMALLEST_RUN, run_size, sample_bytes
@@ -104,8 +104,7 @@ def hard_cap(limit_bytes: int) -> Iterator[None]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     room = max(limit_bytes - resident_bytes(), 0)
-    wanted = _data_bytes() + room + _ASKED_ONLY_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    limit_process(resource.RLIMIT_DATA, _data_bytes() + room + _ASKED_ONLY_BYTES)
     try:
         yield
     except (MemoryError, EncodeError) as error:  # protobuf has no other word for it

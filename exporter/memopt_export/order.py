@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memopt.errors import InputRefused
-from memopt_export.graph import Graph
+from memopt_export.graph import Graph, set_nodes
 from memopt_export.hollow import Executed, as_executed, as_written
 from memopt_export.kernels import VIEWS, Call, overwritten, scratch_bytes
 from memopt_export.plan import node_reads, plan
@@ -97,12 +97,12 @@ def least_peak(executed: Executed, *, batch: int = 1, width: int = WIDTH) -> Ord
     best: a beam search.
     """
     nodes = _Nodes(executed.model, batch)
-    open_: dict[int, _Partial] = {0: _Partial(0, 0, None, -1)}
+    open_: dict[int, _Partial] = {0: _Partial(0, 0, nodes.first, None, -1)}
     exact = True
-    for _ in nodes.reads:
+    for _ in executed.model.graph.node:
         grown: dict[int, _Partial] = {}
         for done, partial in open_.items():
-            for node in nodes.ready(done):
+            for node in _members(partial.ready):
                 after, now = done | 1 << node, nodes.run(node, done, partial)
                 if after not in grown or now.peak_bytes < grown[after].peak_bytes:
                     grown[after] = now
@@ -117,10 +117,11 @@ def least_peak(executed: Executed, *, batch: int = 1, width: int = WIDTH) -> Ord
 
 @dataclass(frozen=True)
 class _Partial:
-    """An order as far as it goes: what is alive at its end, its peak, and the node that ran last."""
+    """An order as far as it goes: what is alive at its end, its peak, what may run next, and the node that ran last."""
 
     alive_bytes: int
     peak_bytes: int
+    ready: int  # a set of nodes
     before: _Partial | None
     node: int
 
@@ -138,12 +139,12 @@ class _Nodes:
     def __init__(self, model: onnx.ModelProto, batch: int) -> None:
         known = specs(infer(model, batch=batch).graph)
         nodes = model.graph.node
-        writer = {name: index for index, node in enumerate(nodes) for name in node.output if name}
-        self.reads = [sorted({writer[name] for name in node_reads(node) if name in writer}) for node in nodes]
-        self._needs = [sum(1 << other for other in reads) for reads in self.reads]
+        needs = _needs(nodes)
+        self.first = sum(1 << index for index, needed in enumerate(needs) if not needed)
+        self._needs = [sum(1 << other for other in needed) for needed in needs]
         self._readers: list[list[int]] = [[] for _ in nodes]
-        for index, reads in enumerate(self.reads):
-            for other in reads:
+        for index, needed in enumerate(needs):
+            for other in needed:
                 self._readers[other].append(index)
         calls = [Call(node, known, 0) for node in nodes]
         home = _homes(nodes, {value.name for value in model.graph.output})
@@ -151,31 +152,47 @@ class _Nodes:
         self._takes = [
             sum(call.size_bytes(name) for name in call.node.output if home.get(name) == name) for call in calls
         ]
-        readers: dict[str, int] = {}  # block -> the nodes that read it
+        touching: dict[str, set[int]] = {}  # block -> the nodes that write or read it
         for index, node in enumerate(nodes):
             for name in (*node_reads(node), *filter(None, node.output)):
                 if name in home:
-                    readers[home[name]] = readers.get(home[name], 0) | 1 << index
-        sizes = {name: calls[writer[name]].size_bytes(name) for name in readers}
+                    touching.setdefault(home[name], set()).add(index)
+        sizes = {name: call.size_bytes(name) for call in calls for name in call.node.output}
         kept = {home[value.name] for value in model.graph.output if value.name in home}
-        self._touches: list[list[tuple[int, int]]] = [[] for _ in nodes]  # of each node: (readers, bytes) of its blocks
-        for name, mask in readers.items():
-            for index in range(len(nodes)) if name not in kept else ():
-                if mask >> index & 1:
-                    self._touches[index].append((mask, sizes[name]))
-
-    def ready(self, done: int) -> Iterator[int]:
-        """The nodes that may run next."""
-        for index, needs in enumerate(self._needs):
-            if not done >> index & 1 and needs & done == needs:
-                yield index
+        self._touches: list[list[tuple[int, int]]] = [[] for _ in nodes]  # of each node: (who, bytes) of its blocks
+        for name in touching.keys() - kept:
+            who, size = sum(1 << index for index in touching[name]), sizes[name]
+            for index in touching[name]:
+                self._touches[index].append((who, size))
 
     def run(self, node: int, done: int, partial: _Partial) -> _Partial:
         """What is alive after the node too."""
         alive = partial.alive_bytes + self._takes[node]
         after = done | 1 << node
-        freed = sum(size for mask, size in self._touches[node] if mask & after == mask)
-        return _Partial(alive - freed, max(partial.peak_bytes, alive + self._scratch[node]), partial, node)
+        freed = sum(size for who, size in self._touches[node] if who & after == who)
+        ready = partial.ready ^ 1 << node
+        for reader in self._readers[node]:
+            if self._needs[reader] & after == self._needs[reader]:
+                ready |= 1 << reader
+        return _Partial(alive - freed, max(partial.peak_bytes, alive + self._scratch[node]), ready, partial, node)
+
+
+def _members(nodes: int) -> Iterator[int]:
+    """The nodes of a set, in their order.
+
+    >>> list(_members(0b1101))
+    [0, 2, 3]
+    """
+    while nodes:
+        lowest = nodes & -nodes
+        yield lowest.bit_length() - 1
+        nodes ^= lowest
+
+
+def _needs(nodes: Sequence[onnx.NodeProto]) -> list[set[int]]:
+    """Of each node, those that write what it reads."""
+    writer = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    return [{writer[name] for name in node_reads(node) if name in writer} for node in nodes]
 
 
 def _homes(nodes: Sequence[onnx.NodeProto], outputs: set[str]) -> dict[str, str]:
@@ -206,9 +223,7 @@ def _peaks(graph: Graph, batches: Iterable[int], *, of: Callable[[Iterable[int]]
 
 def _mirrored(model: onnx.ModelProto, order: Sequence[int]) -> tuple[int, ...]:
     """An order in which, of nodes that may run next, the one that comes last in `order` goes first."""
-    nodes = model.graph.node
-    writer = {name: index for index, node in enumerate(nodes) for name in node.output if name}
-    needs = [{writer[name] for name in node_reads(node) if name in writer} for node in nodes]
+    needs = _needs(model.graph.node)
     left, mirrored = list(order), list[int]()
     while left:
         index = next(index for index in reversed(left) if needs[index].issubset(mirrored))
@@ -219,7 +234,5 @@ def _mirrored(model: onnx.ModelProto, order: Sequence[int]) -> tuple[int, ...]:
 
 def _with_nodes(graph: Graph, order: Sequence[int]) -> Graph:
     model = graph.copy_model()
-    nodes = type(model.graph)(node=[model.graph.node[index] for index in order])
-    model.graph.ClearField("node")
-    model.graph.node.extend(nodes.node)
+    set_nodes(model.graph, [model.graph.node[index] for index in order])
     return graph.with_model(model)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from memopt.errors import InputRefused
-from memopt.tensors import TensorSpec
 from memopt_export.bodies import captured, node_label, subgraphs
 from memopt_export.graph import Graph
 from memopt_export.hollow import Executed, as_executed, as_written
@@ -99,18 +98,18 @@ def plan(
     if batch < 1:
         raise InputRefused(f"batch is {batch}", hint="--batch 1")
     executed = graph if isinstance(graph, Executed) else as_executed(graph)
-    source = executed.source
+    source, weights = executed.source, executed.source.weights_bytes()
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
     inferred = infer(executed.model, batch=batch, dims=dims)
-    body = _Body(executed.model.graph, inferred.graph, infer(executed.model, batch=None).graph, threads)
+    body = _Body(executed.model.graph, inferred.graph, executed.symbolic.graph, threads)
     body.check_views()
     peak = max(range(len(body.totals)), key=body.totals.__getitem__, default=0)
     names = [node_label(node) for node in executed.model.graph.node]
     alive = [block for block in body.blocks if block.first <= peak <= block.last and block.size_bytes]
     return Plan(
         batch=batch,
-        weights_bytes=sum(source.weights_bytes().values()),
-        weights=source.weights_bytes(),
+        weights_bytes=sum(weights.values()),
+        weights=weights,
         activation_bytes=max(body.totals, default=0),
         input_bytes=sum(body.size_bytes(spec.name) for spec in source.inputs),
         output_bytes=sum(body.size_bytes(spec.name) for spec in source.outputs),
@@ -133,7 +132,7 @@ def tensor_sizes(graph: Graph, *, batch: int = 1) -> dict[str, int]:
         InputRefused: shapes contradict each other.
     """
     known = specs(infer(as_written(graph).model, batch=batch).graph)
-    return {name: spec.nbytes(1) for name, spec in known.items() if _is_known(spec)}
+    return {name: spec.nbytes(1) for name, spec in known.items() if spec.is_fixed}
 
 
 def largest_batch(graph: Graph | Executed, budget_bytes: int, *, dims: Mapping[str, int] | None = None) -> int | None:
@@ -167,10 +166,6 @@ def largest_batch(graph: Graph | Executed, budget_bytes: int, *, dims: Mapping[s
     return bound if need(bound) <= budget_bytes else bisect_right(range(1, bound), budget_bytes, key=need)
 
 
-def _is_known(spec: TensorSpec) -> bool:
-    return all(isinstance(dim, int) for dim in spec.shape)
-
-
 class _Body:
     """A graph, or the body of a branch or loop, with all blocks of memory and the sum alive at each of its nodes."""
 
@@ -199,7 +194,7 @@ class _Body:
     def size_bytes(self, tensor: str) -> int:
         """Bytes of the tensor; 0, and a note in `unknown`, where they depend on values."""
         spec = self._specs.get(tensor)
-        if spec is None or not _is_known(spec):
+        if spec is None or not spec.is_fixed:
             self.unknown[tensor] = None
             return 0
         return spec.nbytes(1)
@@ -210,7 +205,7 @@ class _Body:
             before, after = (self._specs.get(names[0]) if names else None for names in (node.input, node.output))
             if node.op_type not in VIEWS or before is None or after is None:
                 continue
-            if _is_known(before) and _is_known(after) and before.nbytes(1) != after.nbytes(1):
+            if before.is_fixed and after.is_fixed and before.nbytes(1) != after.nbytes(1):
                 made = f"it makes {after.nbytes(1)} bytes of {before.nbytes(1)}"
                 raise InputRefused(f"{node_label(node)!r} has the batch built in: {made}")
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.errors import InputRefused, first_line
-from memopt.tensors import TensorSpec
-from memopt_export.graph import attribute, tensor_spec
+from memopt.tensors import Array, TensorSpec
+from memopt_export.graph import attribute, set_nodes, tensor_spec
 from memopt_export.loop_shapes import infer_bodies, keep_state_shapes
 
 if TYPE_CHECKING:
@@ -110,13 +110,12 @@ def _inferred(twin: onnx.ModelProto, batch: int | None) -> onnx.ModelProto:
 def _has_unknown(model: onnx.ModelProto) -> bool:
     known = specs(model.graph)
     written = (name for node in model.graph.node for name in node.output if name)
-    return any(name not in known or not all(isinstance(d, int) for d in known[name].shape) for name in written)
+    return any(name not in known or not known[name].is_fixed for name in written)
 
 
 def _fold(model: onnx.ModelProto) -> bool:
     """Computes what follows from shapes alone, as inference does not follow Range; whether there was any. In place."""
     from onnx import numpy_helper
-    from onnx.reference import ReferenceEvaluator
 
     known = specs(model.graph)
     values = {
@@ -126,28 +125,34 @@ def _fold(model: onnx.ModelProto) -> bool:
     }
     kept = []
     for node in model.graph.node:
-        shape = known[node.input[0]].shape if node.op_type == "Shape" and node.input[0] in known else None
-        if shape is not None and all(isinstance(dim, int) for dim in shape):
-            taken = slice(attribute(node, "start", 0), attribute(node, "end", None))
-            values[node.output[0]] = np.asarray(shape[taken], np.int64)
-        elif node.op_type in _FOLDED and all(name in values for name in node.input if name):
-            feeds = {name: values[name] for name in node.input if name}
-            try:
-                results: Any = ReferenceEvaluator(node).run(None, feeds)
-            except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):  # the graph would fail there
-                kept.append(node)
-                continue
-            values[node.output[0]] = results[0]
-        else:
+        value = _value_of(node, known, values)
+        if value is None:
             kept.append(node)
             continue
-        model.graph.initializer.append(numpy_helper.from_array(np.asarray(values[node.output[0]]), node.output[0]))
+        values[node.output[0]] = value
+        model.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
     if len(kept) == len(model.graph.node):
         return False
-    nodes = type(model.graph)(node=kept)
-    model.graph.ClearField("node")
-    model.graph.node.extend(nodes.node)
+    set_nodes(model.graph, kept)
     return True
+
+
+def _value_of(node: onnx.NodeProto, known: Mapping[str, TensorSpec], values: Mapping[str, Array]) -> Array | None:
+    """What the node computes of known shapes and values; None where it reads others, or fails."""
+    from onnx.reference import ReferenceEvaluator
+
+    read = known.get(node.input[0]) if node.op_type == "Shape" else None
+    if read is not None and read.is_fixed:
+        return np.asarray(read.shape[slice(attribute(node, "start", 0), attribute(node, "end", None))], np.int64)
+    reads = [name for name in node.input if name]
+    if node.op_type not in _FOLDED or not values.keys() >= set(reads):
+        return None
+    feeds = {name: values[name] for name in reads}
+    try:
+        results: Any = ReferenceEvaluator(node).run(None, feeds)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):  # the graph would fail there
+        return None
+    return np.asarray(results[0])
 
 
 def _twin_model(model: onnx.ModelProto, batch: int | None, dims: Mapping[str, int]) -> onnx.ModelProto:
@@ -183,8 +188,8 @@ def _fill(
                     inner = type(source)()
                     _fill(part.g, inner, batch, dims, opset)
                     part.g.CopyFrom(inner)
-        elif _key(node) in _TWINS:
-            twin.node.extend(_TWINS[_key(node)](node, names))
+        elif kernel_of(node) in _TWINS:
+            twin.node.extend(_TWINS[kernel_of(node)](node, names))
         else:
             stated = [known[name] for name in node.output if name in known]
             twin.input.extend(_fixed(value, batch, dims) for value in stated)
@@ -223,7 +228,8 @@ def _is_onnx(node: onnx.NodeProto) -> bool:
     return node.domain in _OWN_DOMAINS and (defs.has(node.op_type, node.domain) or node.op_type not in _TWINS)
 
 
-def _key(node: onnx.NodeProto) -> str:
+def kernel_of(node: onnx.NodeProto) -> str:
+    """The operator; those of the blocked layout of convolutions begin with "nchwc."."""
     return f"nchwc.{node.op_type}" if node.domain == NCHWC else node.op_type
 
 
@@ -354,7 +360,7 @@ def _qlinear_concat(node: onnx.NodeProto, _: _Names) -> Iterator[onnx.NodeProto]
     yield _copied(node, "Concat", node.input[2::3], ("axis",))
 
 
-# Operator -> its twin; those of the blocked layout of convolutions begin with "nchwc.".
+# What `kernel_of` says -> the twin.
 _TWINS: dict[str, Twin] = {
     **dict.fromkeys(
         ("Gelu", "FastGelu", "QuickGelu", "BiasGelu", "BiasAdd", "BiasSoftmax", "Attention", "MultiHeadAttention",

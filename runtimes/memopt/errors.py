@@ -62,6 +62,16 @@ class OutOfResource(MemoptError):
     exit_code = 6
 
 
+def by_name() -> dict[str, type[MemoptError]]:
+    """The family by the names of its classes, as which errors cross from one process to another.
+
+    >>> by_name()["OutOfResource"].exit_code
+    6
+    """
+    family: list[type[MemoptError]] = [MemoptError, *MemoptError.__subclasses__()]
+    return {kind.__name__: kind for kind in family}
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a library's message, or the kind of error where there is none.
 

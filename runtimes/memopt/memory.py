@@ -141,6 +141,14 @@ def read_host_memory() -> HostMemory:
     return HostMemory(None, None, None, None, why)
 
 
+def limit_process(what: int, value: int) -> None:
+    """Sets a limit of this process, one of `resource.RLIMIT_*`, as far as the hard limit allows."""
+    import resource
+
+    hard = resource.getrlimit(what)[1]
+    resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
 def give_back() -> None:
     """Returns freed memory to the system, so that room left by what came before cannot hide what comes next.
 

@@ -303,7 +303,4 @@ def _failure(request: Request, child: subprocess.CompletedProcess[bytes]) -> Mem
     except errors.IntegrityError:
         last = child.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
         return BackendError(f"{request.runtime} failed in {request.variant or request.path}: {last[0]}")
-    kinds = {
-        name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, MemoptError)
-    }
-    return kinds.get(failure.kind, BackendError)(failure.problem, hint=failure.hint)
+    return errors.by_name().get(failure.kind, BackendError)(failure.problem, hint=failure.hint)

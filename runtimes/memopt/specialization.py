@@ -26,7 +26,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ from memopt.cpu import CpuTarget, this_cpu
 from memopt.errors import BackendError, InputRefused, IntegrityError, MemoptError, OutOfResource, first_line
 from memopt.files import atomic_folder, locked, sha256_file
 from memopt.manifest import File, Variant
+from memopt.memory import limit_process
 from memopt.ort_options import READ_IN_PLACE
 from memopt.strict_json import from_json, to_json
 from memopt.tensors import Array, TensorSpec
@@ -247,7 +248,7 @@ def specialize(bundle: Bundle, variant: Variant, source: Source, cache: Cache, *
         last = (stderr.decode(errors="replace").strip().splitlines() or [f"code {child.returncode}"])[-1]
         raise BackendError(f"optimizing {variant.id} crashed: {last}") from error
     if answer.error is not None:
-        raise _errors()[answer.error](answer.problem)
+        raise errors.by_name()[answer.error](answer.problem)
 
 
 def specialize_beside(bundle: Bundle, variant: Variant, source: Source, cache: Cache) -> Future[Artifact]:
@@ -273,7 +274,9 @@ def main() -> int:
     stdout = os.dup(1)
     os.dup2(2, 1)
     request = from_json(_Request, sys.stdin.buffer.read(), where="the request")
-    _limit_memory(request.memory_bytes)
+    # Heap and private mappings, not the files that are mapped (getrlimit(2), RLIMIT_DATA since Linux 4.7).
+    limit_process(resource.RLIMIT_DATA, request.memory_bytes)
+    limit_process(resource.RLIMIT_CORE, 0)
     os.nice(10)
     try:
         _make(request)
@@ -366,16 +369,3 @@ def _read_entry(folder: Path, source: Source, name: str, *, verify: str) -> Arti
         precision=entry.precision,
         packed=True,
     )
-
-
-def _limit_memory(memory_bytes: int) -> None:
-    """Caps heap and private mappings, not the files that are mapped (getrlimit(2), RLIMIT_DATA since Linux 4.7)."""
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    soft = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-
-
-def _errors() -> dict[str, Callable[[str], MemoptError]]:
-    kinds = vars(errors).items()
-    return {name: kind for name, kind in kinds if isinstance(kind, type) and issubclass(kind, MemoptError)}

@@ -47,6 +47,11 @@ class TensorSpec:
             if isinstance(dim, int) and dim < 0:
                 raise InputRefused(f"tensor {self.name!r} has a negative dimension in {self.shape}")
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether no dimension is free."""
+        return all(isinstance(dim, int) for dim in self.shape)
+
     def at_batch(self, batch: int) -> tuple[int, ...]:
         """The shape with every free dimension set to `batch`."""
         return tuple(dim if isinstance(dim, int) else batch for dim in self.shape)

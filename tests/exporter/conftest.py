@@ -134,6 +134,12 @@ def cnn():
 
 
 @pytest.fixture(scope="session")
+def graph(cnn):
+    """The larger CNN as it comes; a module that needs another one has its own."""
+    return cnn().graph()
+
+
+@pytest.fixture(scope="session")
 def samples_of():
     """A function that draws samples for a graph: standard normal, from a seed."""
 
@@ -192,6 +198,12 @@ def build_engine():
         return engine.nbytes
 
     return build
+
+
+@pytest.fixture(scope="session")
+def samples(graph, samples_of):
+    """Samples of `graph`; a module that has its own graph, or needs others, has its own."""
+    return samples_of(graph)
 
 
 @pytest.fixture(scope="session")

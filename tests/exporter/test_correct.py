@@ -47,11 +47,6 @@ def target(request):
 
 
 @pytest.fixture(scope="module")
-def graph(cnn):
-    return cnn().graph()
-
-
-@pytest.fixture(scope="module")
 def samples(graph, samples_of):
     return samples_of(graph, 40)
 

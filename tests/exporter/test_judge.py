@@ -25,11 +25,6 @@ MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def graph(cnn) -> Graph:
-    return cnn().graph()
-
-
-@pytest.fixture(scope="module")
 def held_out(graph, samples_of) -> Samples:
     labels = np.random.default_rng(0).integers(0, 10, 33)
     return replace(samples_of(graph, 33, seed=9), labels=labels, source="random/validation")

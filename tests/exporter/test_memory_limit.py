@@ -14,16 +14,6 @@ MIB = 2**20
 INT8 = Recipe("int8")
 
 
-@pytest.fixture(scope="module")
-def graph(cnn):
-    return cnn().graph()
-
-
-@pytest.fixture(scope="module")
-def samples(graph, samples_of):
-    return samples_of(graph)
-
-
 def test_smaller_runs_and_pieces_need_less(graph, samples):
     large = memory_limit.estimate(graph, INT8, samples, UNLIMITED)
     fitted = memory_limit.fit(graph, INT8, samples, UNLIMITED, memory_limit.resident_bytes() + 64 * MIB)

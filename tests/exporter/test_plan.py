@@ -29,11 +29,6 @@ def chain(net):
     return drawn.graph()
 
 
-@pytest.fixture(scope="module")
-def graph(cnn):
-    return cnn().graph()
-
-
 def test_chain_by_hand(chain):
     found = plan(as_written(chain), threads=0)
     assert found.steps == (("conv", 2048), ("relu", 2048), ("pool", 2560), ("flatten", 512), ("fc", 552))

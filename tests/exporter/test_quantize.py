@@ -33,16 +33,6 @@ LARGEST_SHARE = {
 CALIBRATED = frozenset({"fp16", "bf16", "int8", "fp8"})
 
 
-@pytest.fixture(scope="module")
-def graph(cnn):
-    return cnn().graph()
-
-
-@pytest.fixture(scope="module")
-def samples(graph, samples_of):
-    return samples_of(graph)
-
-
 @pytest.fixture(scope="module", params=list(FLOOR_DB))
 def recipe(request):
     return parse(request.param)

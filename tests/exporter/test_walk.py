@@ -59,11 +59,6 @@ def assert_same(found, expected):
 
 
 @pytest.fixture(scope="module")
-def graph(cnn):
-    return cnn().graph()
-
-
-@pytest.fixture(scope="module")
 def batches(graph):
     return batches_of(graph, 3, 3, 2)
 
