@@ -240,10 +240,6 @@ def find(model: Model) -> tuple[Finding, ...]:
     return tuple(sorted(worth, key=lambda each: (-each.cost_bytes, each.check)))
 
 
-def _is_worth_a_line(finding: Finding) -> bool:
-    return finding.cost_bytes >= LEAST_BYTES or finding.memory_bytes is None or finding.costs_nothing
-
-
 # --- how it is stored
 
 

@@ -387,13 +387,6 @@ def has_subgraph(node: onnx.NodeProto) -> bool:
     return any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
 
 
-def refuse_subgraphs(graph: Graph, verb: str) -> None:
-    """Raises InputRefused, naming the node, unless the graph runs straight through: no If, Loop or Scan."""
-    for node in graph.model.graph.node:
-        if has_subgraph(node):
-            raise InputRefused(f"{verb} handles straight graphs only; {label(node)!r} is a {node.op_type}")
-
-
 def is_quantized(model: onnx.ModelProto) -> bool:
     """Whether any node already works on quantized values, subgraphs and functions included."""
     return any(
