@@ -200,7 +200,8 @@ def _layers(wiring: Wiring, recipe: Recipe) -> list[int]:
 def _planned(graph: Graph) -> tuple[int, int]:
     """Bytes of weights and of planned activations at batch 1."""
     try:
-        return sum(graph.weights_bytes().values()), planning.plan(graph, batch=graph.fixed_batch or 1).activation_bytes
+        found = planning.plan(graph, batch=graph.fixed_batch or 1)
+        return found.weights_bytes, found.activation_bytes
     except InputRefused:
         return sum(graph.weights_bytes().values()), 0
 
