@@ -6,132 +6,53 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 
 from memopt import __version__
 from memopt.errors import AnswerIsNo, InputRefused, MemoptError, OutOfResource, UsageError, first_line, printable
 from memopt.gate import METRICS
-from memopt.sizes import parse_size
+from memopt_export import training_cli
 from memopt_export.means import UNLIMITED
-from memopt_export.recipe import CALIBRATIONS, CORRECTIONS, PRECISIONS
+from memopt_export.options import (
+    DATA_SPECS,
+    PRECISION_NAMES,
+    Batches,
+    Command,
+    Dimension,
+    Size,
+    as_json_option,
+    data_root_option,
+    external_data_option,
+    factory_option,
+    force_option,
+    key_option,
+    output_option,
+    passphrase_file_option,
+    seed_option,
+    trust_engines_option,
+)
+from memopt_export.recipe import CALIBRATIONS, CORRECTIONS
 
 PROGRAM = "memopt-export"
 _UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)  # paths that someone typed
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-# Options that several commands share.
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")
-_force = click.option("--force", is_flag=True, help="Replace an existing output.")
-_data_root = click.option(
-    "--data-root",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Where data sets lie; default $MEMOPT_DATA_ROOT.",
-)
-_seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything random.")
-_factory = click.option(
-    "--allow-network",
-    "network",
-    metavar="PKG.MOD:FACTORY",
-    help="Import this code of yours, which the checkpoint names.",
-)
-_output = click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write.")
-_passphrase_file = click.option(
-    "--passphrase-file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Holds the passphrase of the private key; default $MEMOPT_PASSPHRASE.",
-)
-_key = click.option(
-    "--key",
-    "keys",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="KEY.pub",
-    help="The bundle must be signed by this key, or by another one given.",
-)
-_trust_engines = click.option(
-    "--trust-engines",
-    is_flag=True,
-    help="Run engines though no --key signed the bundle. Engines are code; for bundles that you made.",
-)
-_DATA = "digits, mnist, fashion-mnist, cifar10, images:DIR, FILE.npz or pkg.mod:function."
-_PRECISIONS = tuple(name for name in PRECISIONS if name != "fp32")
-_training_data = click.option("--data", default="digits", show_default=True, help=_DATA)
-
-
-_external_data = click.option(
-    "--external-data", is_flag=True, help="Weights beside, in OUT.onnx.data; always from 2 GiB on."
-)
-
-
-def _training(command: _Command) -> _Command:
-    """The options of everything that trains."""
-    for option in (
-        click.option("--epochs", type=int, default=10, show_default=True, help="Passes over the training split."),
-        click.option("--batch-size", type=int, default=64, show_default=True, help="Samples in one step."),
-        click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="The highest one."),
-        click.option("--schedule", default="constant", show_default=True, help="constant or onecycle."),
-        click.option("--shift", type=int, default=0, show_default=True, help="Pixels by which pictures are moved."),
-        click.option("--threads", type=int, default=0, show_default=True, help="Of torch; 0 lets torch choose."),
-        _seed,
-    ):
-        command = option(command)
-    return command
 
 
 class _Shown(AnswerIsNo):
     """The answer is no, and the result that says so stands on stdout already."""
 
 
-class _Batches(click.ParamType[tuple[int, ...]]):
-    """One or several batch sizes: 1 or 1,8,32."""
-
-    name = "batches"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        parts = str(value).split(",")
-        if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} is no list of batches; type 1,8,32", param, ctx)
-        return tuple(int(part) for part in parts)
-
-
-class _Size(click.ParamType[int]):
-    """A size in bytes with its unit: 64MiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return parse_size(value)
-        except UsageError as error:
-            self.fail(str(error), param, ctx)
-
-
-class _Dimension(click.ParamType[tuple[str, int]]):
-    """The size of a free dimension: sequence=128."""
-
-    name = "dimension"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
-        name, equals, size = str(value).rpartition("=")
-        if not (equals and name and size.isdigit() and int(size) > 0):
-            self.fail(f"{value!r} is no size of a dimension; type sequence=128", param, ctx)
-        return name, int(size)
-
-
-def _quantizing(command: _Command) -> _Command:
+def _quantizing(command: Command) -> Command:
     """The options of `quantize` that say how. None has a default here: a recipe file may say it."""
     number, share = click.IntRange(min=1), click.FloatRange(min=0)
     for option in reversed((
-        click.option("--precision", help=f"{', '.join(_PRECISIONS)}.  [default: int8]"),
+        click.option("--precision", help=f"{', '.join(PRECISION_NAMES)}.  [default: int8]"),
         click.option("--target", help="cpu (ONNX Runtime) or tensorrt: which integers stand where.  [default: cpu]"),
-        click.option("--data", help=f"Its train split calibrates, never invented; validation judges. {_DATA}"),
+        click.option("--data", help=f"Its train split calibrates, never invented; validation judges. {DATA_SPECS}"),
         click.option("--samples", type=number, help="How many calibrate, at most.  [default: 256]"),
         click.option("--seed", type=click.IntRange(min=0), help="Of the draw of the samples.  [default: 0]"),
         click.option("--batch-size", type=number, help=f"Samples in one run.  [default: {UNLIMITED.batch_size}]"),
@@ -153,10 +74,10 @@ def _quantizing(command: _Command) -> _Command:
         click.option("--max-drop", type=share, metavar="PP", help="Keep layers float until top-1 drops by less."),
         click.option("--min-sqnr", type=float, metavar="DB", help="Keep layers float until the SQNR is at least this."),
         click.option("--sensitivity", is_flag=True, help="Rank the layers by what the result gains without each."),
-        click.option("--memory-limit", type=_Size(), metavar="SIZE", help="The process holds no more, such as 1GiB."),
+        click.option("--memory-limit", type=Size(), metavar="SIZE", help="The process holds no more, such as 1GiB."),
         click.option("--recipe", type=click.Path(path_type=Path), help="TOML file that says all of the above."),
         click.option("--save-recipe", type=click.Path(path_type=Path), help="Write it, as it was used in the end."),
-        _external_data,
+        external_data_option,
         click.option(
             "--no-measure", "measure", is_flag=True, flag_value=False, default=True,
             help="Skip latency and memory, which take two processes and some seconds.",
@@ -176,112 +97,20 @@ def cli() -> None:
     """
 
 
-@cli.command()
-@click.option(
-    "--network",
-    default="simple_cnn",
-    show_default=True,
-    help="simple_cnn, ds_cnn, a torchvision classifier, or pkg.mod:factory.",
-)
-@click.option(
-    "--setting", "settings", multiple=True, metavar="NAME=VALUE", help="Of the network; may be given several times."
-)
-@_training_data
-@_training
-@click.option("--start", type=click.Path(path_type=Path), help="Checkpoint to go on from.")
-@_output
-@_data_root
-@_force
-@_json
-def train(
-    network: str, settings: Sequence[str], data: str, start: Path | None, output: Path, data_root: Path | None,
-    force: bool, as_json: bool, **how: Any,
-) -> None:  # fmt: skip
-    """Train a dense checkpoint, or fine-tune one."""
-    from memopt_export import commands, console
-    from memopt_models.train import TrainSettings
-
-    with console.training() as on_step:
-        saved = commands.train(
-            network, _settings(settings), data, TrainSettings(**how), output,
-            start=start, data_root=data_root, force=force, on_step=on_step,
-        )  # fmt: skip
-    console.show(saved, as_json=as_json)
-
-
-@cli.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@_factory
-@click.option("--ratio", type=float, default=0.5, show_default=True, help="Share of the channels that goes.")
-@click.option("--method", default="l2", show_default=True, help="l1 or l2: the norm by which channels are ranked.")
-@click.option("--round-to", type=int, default=1, show_default=True, help="Channel numbers become multiples of this.")
-@_training_data
-@_training
-@_output
-@_data_root
-@_force
-@_json
-def prune(
-    checkpoint: Path, network: str | None, ratio: float, method: str, round_to: int, data: str, output: Path,
-    data_root: Path | None, force: bool, as_json: bool, **how: Any,
-) -> None:  # fmt: skip
-    """Take channels out of CHECKPOINT, so that its tensors shrink, and fine-tune it (--epochs 0: not)."""
-    from memopt_export import commands, console
-    from memopt_models.prune import PruneSettings
-    from memopt_models.train import TrainSettings
-
-    finetune = TrainSettings(**how) if how["epochs"] else None
-    settings = PruneSettings(ratio=ratio, method=method, round_to=round_to, finetune=finetune)
-    with console.training() as on_step:
-        saved = commands.prune(
-            checkpoint, data, settings, output, network=network, data_root=data_root, force=force, on_step=on_step
-        )  # fmt: skip
-    console.show(saved, as_json=as_json)
-
-
-@cli.command()
-@click.option("--teacher", type=click.Path(path_type=Path), required=True, help="Checkpoint that teaches.")
-@_factory
-@click.option("--student", default="ds_cnn", show_default=True, help="A network's name, or a checkpoint to go on from.")
-@click.option("--setting", "settings", multiple=True, metavar="NAME=VALUE", help="Of the student's network.")
-@click.option(
-    "--temperature", type=float, default=4.0, show_default=True, help="The higher, the more wrong classes count."
-)
-@click.option("--alpha", type=float, default=0.5, show_default=True, help="Weight of the teacher's answer, 0 to 1.")
-@_training_data
-@_training
-@_output
-@_data_root
-@_force
-@_json
-def distill(
-    teacher: Path, network: str | None, student: str, settings: Sequence[str], temperature: float, alpha: float,
-    data: str, output: Path, data_root: Path | None, force: bool, as_json: bool, **how: Any,
-) -> None:  # fmt: skip
-    """Train a small student from a teacher; the better of with and without the teacher is kept."""
-    from memopt_export import commands, console
-    from memopt_models.distill import DistillSettings
-    from memopt_models.train import TrainSettings
-
-    asked = DistillSettings(TrainSettings(**how), temperature=temperature, alpha=alpha)
-    with console.training() as on_step:
-        saved = commands.distill(
-            teacher, student, _settings(settings), data, asked, output,
-            network=network, data_root=data_root, force=force, on_step=on_step,
-        )  # fmt: skip
-    console.show(saved, as_json=as_json)
+for _command in training_cli.COMMANDS:
+    cli.add_command(_command)
 
 
 @cli.command()
 @click.argument("checkpoint")
-@_factory
-@click.option("--data", help=f"Samples that prove parity; default: what it was trained on. {_DATA}")
+@factory_option
+@click.option("--data", help=f"Samples that prove parity; default: what it was trained on. {DATA_SPECS}")
 @click.option("--samples", type=click.IntRange(min=2), default=64, show_default=True, help="How many prove parity.")
 @click.option("--program", type=click.Path(path_type=Path), help="Also write torch's exported program, OUT.pt2.")
-@_output
-@_data_root
-@_force
-@_json
+@output_option
+@data_root_option
+@force_option
+@as_json_option
 def export(
     checkpoint: str, network: str | None, data: str | None, samples: int, program: Path | None, output: Path,
     data_root: Path | None, force: bool, as_json: bool,
@@ -298,10 +127,10 @@ def export(
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@_external_data
-@_output
-@_force
-@_json
+@external_data_option
+@output_option
+@force_option
+@as_json_option
 def simplify(model: Path, external_data: bool, output: Path, force: bool, as_json: bool) -> None:
     """Store MODEL, an .onnx file, without what it does not need; it computes the same.
 
@@ -317,10 +146,10 @@ def simplify(model: Path, external_data: bool, output: Path, force: bool, as_jso
 @click.argument("model", type=click.Path(path_type=Path))
 @_quantizing
 @click.option("--strict", is_flag=True, help="Exit with 1 where the result is flagged; it is written all the same.")
-@_output
-@_data_root
-@_force
-@_json
+@output_option
+@data_root_option
+@force_option
+@as_json_option
 def quantize(model: Path, output: Path, strict: bool, as_json: bool, **asked: Any) -> None:
     """Quantize MODEL, an .onnx file, and hold the result against it on data that calibrated nothing.
 
@@ -345,15 +174,15 @@ def quantize(model: Path, output: Path, strict: bool, as_json: bool, **asked: An
 )
 @click.option("--target", default="sm75,sm80,sm86,sm89,sm120", show_default=True, help="GPU generations, or local.")
 @click.option(
-    "--batch", "batches", type=_Batches(), multiple=True, default=((1, 1, 1), (2, 8, 32)), show_default="1 and 2,8,32",
+    "--batch", "batches", type=Batches(), multiple=True, default=((1, 1, 1), (2, 8, 32)), show_default="1 and 2,8,32",
     help="A profile: one batch, or MIN,OPT,MAX; may be given several times.",
 )  # fmt: skip
 @click.option(
     "--timeout", "timeout_s", type=float, default=600.0, show_default=True, help="Seconds the build may take."
 )
-@_output
-@_force
-@_json
+@output_option
+@force_option
+@as_json_option
 def engine(
     model: Path, flavor: str, target: str, batches: Sequence[tuple[int, ...]], timeout_s: float, output: Path,
     force: bool, as_json: bool,
@@ -373,14 +202,14 @@ def engine(
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--batch", type=_Batches(), default="1", show_default=True, help="Batches to plan, such as 1,8,32.")
-@click.option("--budget", type=_Size(), help="Find the largest batch within this size, such as 64MiB.")
-@click.option("--dim", "dims", type=_Dimension(), multiple=True, help="A free dimension, such as sequence=128. Repeat.")
+@click.option("--batch", type=Batches(), default="1", show_default=True, help="Batches to plan, such as 1,8,32.")
+@click.option("--budget", type=Size(), help="Find the largest batch within this size, such as 64MiB.")
+@click.option("--dim", "dims", type=Dimension(), multiple=True, help="A free dimension, such as sequence=128. Repeat.")
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw the first plan: memory over the order of execution.")
 @click.option("--measure", is_flag=True, help="Hold it against runs on zeros at the smallest and largest batch.")
 @click.option("--reorder", type=click.Path(path_type=Path), help="Save the graph in an order that needs less, if any.")
-@_force
-@_json
+@force_option
+@as_json_option
 def plan(
     model: Path, batch: tuple[int, ...], budget: int | None, dims: Sequence[tuple[str, int]], svg: Path | None,
     measure: bool, reorder: Path | None, force: bool, as_json: bool,
@@ -414,8 +243,8 @@ def plan(
 
 @cli.command()
 @click.argument("artifacts", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--data", default="digits", show_default=True, help=f"Its test split judges accuracy. {_DATA}")
-@click.option("--batch", "batches", type=_Batches(), default="1,32", show_default=True, help="Such as 1,8,32.")
+@click.option("--data", default="digits", show_default=True, help=f"Its test split judges accuracy. {DATA_SPECS}")
+@click.option("--batch", "batches", type=Batches(), default="1,32", show_default=True, help="Such as 1,8,32.")
 @click.option("--runtimes", help="Such as torch,onnxruntime; default: every one that opens the artifact.")
 @click.option("--devices", default="cpu,cuda", show_default=True, help="Devices to use where they work.")
 @click.option("--reference", help="Name of the artifact the others are held against; default: the first that runs.")
@@ -430,11 +259,11 @@ def plan(
 )  # fmt: skip
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with table and pictures.")
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
-@_trust_engines
-@_seed
-@_data_root
-@_force
-@_json
+@trust_engines_option
+@seed_option
+@data_root_option
+@force_option
+@as_json_option
 def compare(artifacts: Sequence[Path], markdown: bool, as_json: bool, **asked: Any) -> None:
     """Compare memory, accuracy and latency of ARTIFACTS (.onnx, .engine, .pt2, .mopt), each in a fresh process.
 
@@ -472,7 +301,7 @@ def compare(artifacts: Sequence[Path], markdown: bool, as_json: bool, **asked: A
     help="Put beside each graph one that is optimized for this processor, and used only on its like.",
 )
 @click.option("--name", help="Of the bundle; default: the output's.")
-@click.option("--data", help=f"Gives labels, preprocessing and golden samples. {_DATA}")
+@click.option("--data", help=f"Gives labels, preprocessing and golden samples. {DATA_SPECS}")
 @click.option(
     "--labels", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Text file, one label a line."
 )
@@ -483,11 +312,11 @@ def compare(artifacts: Sequence[Path], markdown: bool, as_json: bool, **asked: A
     help="Its text; that of Apache-2.0 is at hand.",
 )
 @click.option("--sign", type=click.Path(path_type=Path), metavar="KEY", help="Sign with this private key.")
-@_passphrase_file
-@_output
-@_data_root
-@_force
-@_json
+@passphrase_file_option
+@output_option
+@data_root_option
+@force_option
+@as_json_option
 def pack(
     parts: Sequence[Path], form: str, specialize: str | None, name: str | None, data: str | None, labels: Path | None,
     license_id: str | None, license_file: Path | None,
@@ -506,9 +335,9 @@ def pack(
 
 @cli.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Private key; KEY.pub is beside.")
-@_passphrase_file
-@_force
-@_json
+@passphrase_file_option
+@force_option
+@as_json_option
 def keygen(output: Path, passphrase_file: Path | None, force: bool, as_json: bool) -> None:
     """Make a pair of ed25519 keys: the private one signs bundles, the public one is given to those who check."""
     from memopt_export import commands, console
@@ -523,9 +352,9 @@ def keygen(output: Path, passphrase_file: Path | None, force: bool, as_json: boo
 @click.option("--variant", help="The variant to run; default: chosen by memory and accuracy.")
 @click.option("--memory-limit", help="Private memory the model may hold, such as 64MiB.")
 @click.option("--topk", type=click.IntRange(min=1), default=3, show_default=True, help="Classes of each picture.")
-@_key
-@_trust_engines
-@_json
+@key_option
+@trust_engines_option
+@as_json_option
 def run(
     bundle: Path, pictures: Sequence[Path], device: str, variant: str | None, memory_limit: str | None, topk: int,
     keys: Sequence[Path], trust_engines: bool, as_json: bool,
@@ -545,7 +374,7 @@ def run(
 
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@_json
+@as_json_option
 def inspect(path: Path, as_json: bool) -> None:
     """Tell what PATH holds, without running it: .onnx, .engine, .safetensors, .mopt, or a folder that `pack` wrote.
 
@@ -560,10 +389,10 @@ def inspect(path: Path, as_json: bool) -> None:
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--run", "replay", is_flag=True, help="Replay the golden outputs on every runtime of this machine.")
-@_key
+@key_option
 @click.option("--require-signature", is_flag=True, help="Refuse to answer without a --key: for scripts.")
-@_trust_engines
-@_json
+@trust_engines_option
+@as_json_option
 def verify(
     bundle: Path, replay: bool, keys: Sequence[Path], require_signature: bool, trust_engines: bool, as_json: bool
 ) -> None:
@@ -579,7 +408,7 @@ def verify(
 
 
 @cli.command()
-@_json
+@as_json_option
 def doctor(as_json: bool) -> None:
     """Tell which runtimes and providers really work here, and why another does not."""
     from memopt_export import commands, console
@@ -591,8 +420,8 @@ def doctor(as_json: bool) -> None:
 @click.argument("recipe", default="digits")
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False), help="Finished stages; default build/NAME.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle; default dist/NAME.mopt.")
-@_data_root
-@_json
+@data_root_option
+@as_json_option
 def pipeline(recipe: str, work: Path | None, output: Path | None, data_root: Path | None, as_json: bool) -> None:
     """Run RECIPE (digits, mnist, or a TOML file): from training data to a packed, measured bundle.
 
@@ -671,22 +500,6 @@ def _tell(arguments: Sequence[str], problem: str, hint: str | None, code: int) -
         error = {"problem": problem, "exit_code": code} | ({"hint": hint} if hint else {})
         click.echo(to_json({"error": error}))
     return code
-
-
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs as a dict; values are TOML: 8, 0.5, true, [16, 32], "text"."""
-    import tomllib
-
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        try:
-            settings[name] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"--setting {pair!r} is not NAME=VALUE", hint="--setting width=8") from error
-        if not equals or not name:
-            raise UsageError(f"--setting {pair!r} is not NAME=VALUE", hint="--setting width=8")
-    return settings
 
 
 def _passphrase(file: Path | None) -> str | None:

@@ -22,7 +22,6 @@ from memopt_export.commands import (
     Packed,
     Plans,
     Predicted,
-    SavedCheckpoint,
     SavedEngine,
     SavedGraph,
     SavedKey,
@@ -31,6 +30,7 @@ from memopt_export.commands import (
     Verification,
 )
 from memopt_export.inspection import Inspection
+from memopt_export.training_commands import SavedCheckpoint
 
 if TYPE_CHECKING:
     from rich.console import Console

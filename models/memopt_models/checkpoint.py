@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-SCHEMA = "1.0"
+SCHEMA = "1.1"
+QUANTIZATION = "quantization."
 MAX_HEADER_BYTES = 16 * 2**20
 _KEY = "memopt"
 
@@ -49,6 +50,9 @@ class Checkpoint:
     lineage: tuple[Stage, ...]
     metrics: dict[str, float]
     seed: int
+    # How the weights were trained to be rounded, for the exporter: empty for float networks. What it needs in tensors,
+    # such as scales, stands in `state` under names that begin with QUANTIZATION.
+    quantization: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.inputs) != 1:
@@ -83,9 +87,10 @@ class Checkpoint:
                 module = networks.build(self.network, self.settings)
             except (InputRefused, UsageError, RuntimeError, TypeError, ValueError, ArithmeticError) as error:
                 raise InputRefused(f"the checkpoint's network cannot be built: {error}") from error
-        _reshape_layers(module, self.state)
-        _refuse_misfit(module.state_dict(), self.state, network=self.network)
-        module.load_state_dict(self.state)
+        weights = {name: tensor for name, tensor in self.state.items() if not name.startswith(QUANTIZATION)}
+        _reshape_layers(module, weights)
+        _refuse_misfit(module.state_dict(), weights, network=self.network)
+        module.load_state_dict(weights)
         return module.eval()
 
     def advance(
@@ -99,7 +104,7 @@ class Checkpoint:
     ) -> Checkpoint:
         """The checkpoint after a stage: the module's weights, the lineage one step longer, other metrics."""
         counted = {**metrics, "parameters": float(count_parameters(module))}
-        advanced = replace(self, state=snapshot(module), metrics=counted)
+        advanced = replace(self, state=snapshot(module), metrics=counted, quantization={})
         step = Stage(stage, advanced.sha256, tuple(parents), to_plain(dict(settings)))
         return replace(advanced, lineage=(*self.lineage, step))
 
@@ -180,6 +185,7 @@ class _Card:
     lineage: tuple[Stage, ...]
     metrics: dict[str, float]
     seed: int
+    quantization: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,10 @@ def written_by_hand() -> Checkpoint:
 
 def test_file_is_byte_for_byte_the_golden_one(tmp_path: Path) -> None:
     save_checkpoint(written_by_hand(), tmp_path / "c")
-    assert (tmp_path / "c").read_bytes() == (GOLDEN / "checkpoint-1.0.safetensors").read_bytes()
+    assert (tmp_path / "c").read_bytes() == (GOLDEN / "checkpoint-1.1.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("schema", ["1.0"])
+@pytest.mark.parametrize("schema", ["1.0", "1.1"])
 def test_every_schema_there_was_is_still_read(schema: str) -> None:
     loaded, expected = load_checkpoint(GOLDEN / f"checkpoint-{schema}.safetensors"), written_by_hand()
     assert (loaded.sha256, loaded.lineage, loaded.labels) == (expected.sha256, expected.lineage, expected.labels)
@@ -230,7 +230,7 @@ def test_metadata_are_read_without_torch(pruned: Checkpoint, tmp_path: Path) -> 
         folder=tmp_path,
     )
     metadata = read_metadata(tmp_path / "c")
-    assert metadata["schema"] == "1.0"
+    assert metadata["schema"] == "1.1"
     assert metadata["network"] == "simple_cnn"
     assert metadata["lineage"][-1]["output_sha256"] == pruned.sha256
     assert metadata["tensors"]["conv1.weight"] == {"dtype": "float32", "shape": [8, 1, 3, 3]}
@@ -328,7 +328,7 @@ def test_safetensors_of_another_program_is_refused_with_a_hint(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda card: card | {"schema": "2.0"}, "has schema 2.0, this memopt reads 1.0; hint: pip install -U memopt"),
+        (lambda card: card | {"schema": "2.0"}, "has schema 2.0, this memopt reads 1.1; hint: pip install -U memopt"),
         (lambda card: card | {"colour": "blue"}, "unknown field 'colour'"),
         (lambda card: card | {"inputs": []}, "a checkpoint has one input, this one has 0"),
         (lambda card: card | {"seed": "zero"}, "expected int, got str"),

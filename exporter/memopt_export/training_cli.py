@@ -1,0 +1,135 @@
+"""The commands that make checkpoints: train, prune, distill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from memopt_export.options import (
+    Command,
+    as_json_option,
+    data_root_option,
+    factory_option,
+    force_option,
+    output_option,
+    read_settings,
+    seed_option,
+    training_data_option,
+)
+
+
+def _training(command: Command) -> Command:
+    """The options of everything that trains."""
+    for option in (
+        click.option("--epochs", type=int, default=10, show_default=True, help="Passes over the training split."),
+        click.option("--batch-size", type=int, default=64, show_default=True, help="Samples in one step."),
+        click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="The highest one."),
+        click.option("--schedule", default="constant", show_default=True, help="constant or onecycle."),
+        click.option("--shift", type=int, default=0, show_default=True, help="Pixels by which pictures are moved."),
+        click.option("--threads", type=int, default=0, show_default=True, help="Of torch; 0 lets torch choose."),
+        seed_option,
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.option(
+    "--network",
+    default="simple_cnn",
+    show_default=True,
+    help="simple_cnn, ds_cnn, a torchvision classifier, or pkg.mod:factory.",
+)
+@click.option(
+    "--setting", "settings", multiple=True, metavar="NAME=VALUE", help="Of the network; may be given several times."
+)
+@training_data_option
+@_training
+@click.option("--start", type=click.Path(path_type=Path), help="Checkpoint to go on from.")
+@output_option
+@data_root_option
+@force_option
+@as_json_option
+def train(
+    network: str, settings: Sequence[str], data: str, start: Path | None, output: Path, data_root: Path | None,
+    force: bool, as_json: bool, **how: Any,
+) -> None:  # fmt: skip
+    """Train a dense checkpoint, or fine-tune one."""
+    from memopt_export import console, training_commands
+    from memopt_models.train import TrainSettings
+
+    with console.training() as on_step:
+        saved = training_commands.train(
+            network, read_settings(settings), data, TrainSettings(**how), output,
+            start=start, data_root=data_root, force=force, on_step=on_step,
+        )  # fmt: skip
+    console.show(saved, as_json=as_json)
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@factory_option
+@click.option("--ratio", type=float, default=0.5, show_default=True, help="Share of the channels that goes.")
+@click.option("--method", default="l2", show_default=True, help="l1 or l2: the norm by which channels are ranked.")
+@click.option("--round-to", type=int, default=1, show_default=True, help="Channel numbers become multiples of this.")
+@training_data_option
+@_training
+@output_option
+@data_root_option
+@force_option
+@as_json_option
+def prune(
+    checkpoint: Path, network: str | None, ratio: float, method: str, round_to: int, data: str, output: Path,
+    data_root: Path | None, force: bool, as_json: bool, **how: Any,
+) -> None:  # fmt: skip
+    """Take channels out of CHECKPOINT, so that its tensors shrink, and fine-tune it (--epochs 0: not)."""
+    from memopt_export import console, training_commands
+    from memopt_models.prune import PruneSettings
+    from memopt_models.train import TrainSettings
+
+    finetune = TrainSettings(**how) if how["epochs"] else None
+    settings = PruneSettings(ratio=ratio, method=method, round_to=round_to, finetune=finetune)
+    with console.training() as on_step:
+        saved = training_commands.prune(
+            checkpoint, data, settings, output, network=network, data_root=data_root, force=force, on_step=on_step
+        )  # fmt: skip
+    console.show(saved, as_json=as_json)
+
+
+@click.command()
+@click.option("--teacher", type=click.Path(path_type=Path), required=True, help="Checkpoint that teaches.")
+@factory_option
+@click.option("--student", default="ds_cnn", show_default=True, help="A network's name, or a checkpoint to go on from.")
+@click.option("--setting", "settings", multiple=True, metavar="NAME=VALUE", help="Of the student's network.")
+@click.option(
+    "--temperature", type=float, default=4.0, show_default=True, help="The higher, the more wrong classes count."
+)
+@click.option("--alpha", type=float, default=0.5, show_default=True, help="Weight of the teacher's answer, 0 to 1.")
+@training_data_option
+@_training
+@output_option
+@data_root_option
+@force_option
+@as_json_option
+def distill(
+    teacher: Path, network: str | None, student: str, settings: Sequence[str], temperature: float, alpha: float,
+    data: str, output: Path, data_root: Path | None, force: bool, as_json: bool, **how: Any,
+) -> None:  # fmt: skip
+    """Train a small student from a teacher; the better of with and without the teacher is kept."""
+    from memopt_export import console, training_commands
+    from memopt_models.distill import DistillSettings
+    from memopt_models.train import TrainSettings
+
+    asked = DistillSettings(TrainSettings(**how), temperature=temperature, alpha=alpha)
+    with console.training() as on_step:
+        saved = training_commands.distill(
+            teacher, student, read_settings(settings), data, asked, output,
+            network=network, data_root=data_root, force=force, on_step=on_step,
+        )  # fmt: skip
+    console.show(saved, as_json=as_json)
+
+
+COMMANDS = (train, prune, distill)
