@@ -11,20 +11,20 @@ import logging
 import math
 import platform
 import sys
-import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from memopt.arena import MemoryPool
 from memopt.artifact import Artifact, release_pages
 from memopt.cuda_driver import LIBRARY, DeviceBuffer, Driver, HostBuffer, Stream, open_driver
+from memopt.device_arena import DeviceArena, Grown
 from memopt.errors import BackendError, InputRefused, OutOfResource, first_line
 from memopt.manifest import EngineInfo, Profile
 from memopt.sizes import show_size
@@ -46,7 +46,6 @@ _DTYPES = {
 }  # fmt: skip
 
 Shapes = dict[str, tuple[int, ...]]
-Buffer = TypeVar("Buffer", DeviceBuffer, HostBuffer)
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,9 @@ class TrtRuntime:
         self, artifact: Artifact, *, device: str = "cuda", threads: int = 0, profile: str = "balanced",
         pool: MemoryPool | None = None,
     ) -> TrtSession:  # fmt: skip
-        """A session; see `memopt.session.Runtime.open`. Threads, profile and pool mean nothing here: engines are built.
+        """A session; see `memopt.session.Runtime.open`. Threads and profile mean nothing here: engines are built.
+
+        Engines of one pool run in turn in one activation memory, as large as the hungriest of them needs.
 
         Raises:
             BackendError: not available here, or the engine does not fit library, platform or GPU.
@@ -115,7 +116,8 @@ class TrtRuntime:
         release = ".".join(str(trt.__version__).split(".")[:3])
         placement = f"{TITLES[self.NAME]} {release} on {driver.name} ({driver.sm})"
         with driver.current():
-            return TrtSession(_Engine(trt, artifact), driver, placement=placement)
+            arena = pool.device_arena(driver) if pool is not None else DeviceArena(driver)
+            return TrtSession(_Engine(trt, artifact), driver, arena, placement=placement)
 
     def _other_flavor(self, info: EngineInfo) -> str | None:
         return f"was built by {info.flavor}, this is {self.NAME}" if info.flavor != self.NAME else None
@@ -161,23 +163,22 @@ TENSORRT_RTX = TrtRuntime("tensorrt-rtx")
 
 
 class TrtSession:
-    """An open engine with one execution context. Threads may share it; their runs take turns."""
+    """An open engine with one execution context. Threads may share it; runs in one arena take turns."""
 
-    def __init__(self, engine: _Engine, driver: Driver, *, placement: str) -> None:
+    def __init__(self, engine: _Engine, driver: Driver, arena: DeviceArena, *, placement: str) -> None:
         self.inputs, self.outputs = engine.inputs, engine.outputs
         self.placement = placement
         self._name = engine.name
         self._engine: _Engine | None = engine
         self.device_method = "TensorRT's sizes of weights and activations, and the buffers of inputs and outputs"
         self._driver = driver
-        self._lock = threading.Lock()
-        self._profile: int | None = None  # the one that the context is set to
+        self._arena = arena
+        self._profile: tuple[int, DeviceBuffer] | None = None  # that the context is set to, and the memory it was given
         self._held = ExitStack()
         try:
             self._stream = driver.stream()
             self._held.callback(driver.free, self._stream)
-            self._activations = _Grown(driver, driver.device_buffer)
-            self._held.callback(self._activations.free)
+            self._held.enter_context(arena.member())
             self._ports = {spec.name: _Port(driver, spec) for spec in self.inputs + self.outputs}
             for port in self._ports.values():
                 self._held.callback(port.free)
@@ -188,14 +189,17 @@ class TrtSession:
 
     @property
     def device_bytes(self) -> int | None:
-        """Device memory that the session holds: weights, activations, inputs and outputs. None: weights unknown."""
+        """Device memory that the session holds: weights, activations, inputs and outputs. None: weights unknown.
+
+        Activations that it shares with others of its pool count in each of them.
+        """
         engine = self._engine
         if engine is None:
             return 0
         if engine.weights_bytes is None:
             return None
         ports = sum(port.device_bytes for port in self._ports.values())
-        return engine.weights_bytes + self._activations.size_bytes + ports
+        return engine.weights_bytes + self._arena.size_bytes + ports
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs, in order; see `memopt.session.Session.run`.
@@ -204,7 +208,7 @@ class TrtSession:
             InputRefused: also when the batch lies outside every profile of the engine.
             OutOfResource: the device has no memory for a profile of this size.
         """
-        with self._lock, self._driver.current():
+        with self._arena.turn(), self._driver.current():
             engine = self._engine
             if engine is None:
                 raise BackendError(f"{self._name} is closed")
@@ -221,15 +225,15 @@ class TrtSession:
 
     def trim(self) -> None:
         """Frees activations, inputs and outputs; the next run takes them anew."""
-        with self._lock:
+        with self._arena.turn():
             self._profile = None
-            self._activations.free()
+            self._arena.free()
             for port in self._ports.values():
                 port.free()
 
     def close(self) -> None:
         """Frees the engine and all buffers; a later run raises BackendError. Closing twice is harmless."""
-        with self._lock:
+        with self._arena.turn():
             engine, self._engine = self._engine, None
             try:
                 if engine is not None:
@@ -245,12 +249,11 @@ class TrtSession:
             engine.set_address(name, self._ports[name].reserve(shape))
 
     def _use_profile(self, engine: _Engine, index: int) -> None:
-        if index == self._profile:
-            return
-        self._profile = None  # should memory run out below, the next run starts from here again
-        memory = self._activations.at_least(engine.activation_bytes[index])
-        engine.set_profile(index, memory, self._stream)
-        self._profile = index
+        before, self._profile = self._profile, None  # should memory run out, the next run starts from here again
+        memory = self._arena.at_least(engine.activation_bytes[index])
+        if before != (index, memory):  # another engine of the pool may have grown or freed it
+            engine.set_profile(index, memory, self._stream)
+        self._profile = index, memory
 
 
 class _Engine:
@@ -373,8 +376,8 @@ class _Port:
     def __init__(self, driver: Driver, spec: TensorSpec) -> None:
         self._driver = driver
         self._spec = spec
-        self._device = _Grown(driver, driver.device_buffer)
-        self._staging = _Grown(driver, driver.host_buffer)
+        self._device = Grown(driver, driver.device_buffer)
+        self._staging = Grown(driver, driver.host_buffer)
         self._shape: tuple[int, ...] = ()
         self._size_bytes = 0
 
@@ -414,33 +417,6 @@ class _Port:
 
     def _view(self, host: HostBuffer) -> Array:
         return host.array[: self._size_bytes].view(self._spec.dtype).reshape(self._shape)
-
-
-class _Grown(Generic[Buffer]):
-    """One buffer, replaced by a larger one when more is asked for than it holds."""
-
-    def __init__(self, driver: Driver, take: Callable[[int], Buffer]) -> None:
-        self._driver = driver
-        self._take: Callable[[int], Buffer] = take
-        self._buffer: Buffer | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes held; 0 before the first use."""
-        return self._buffer.size_bytes if self._buffer else 0
-
-    def at_least(self, size_bytes: int) -> Buffer:
-        """The buffer. A larger one is taken after the smaller is freed, so that both never count at once."""
-        if self._buffer is None or self._buffer.size_bytes < size_bytes:
-            self.free()
-            self._buffer = self._take(size_bytes)
-        return self._buffer
-
-    def free(self) -> None:
-        """Gives the buffer back."""
-        buffer, self._buffer = self._buffer, None
-        if buffer is not None:
-            self._driver.free(buffer)
 
 
 def import_library(flavor: str) -> Any:

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from memopt.arena import MemoryPool
 from memopt.artifact import Artifact
 from memopt.cuda_driver import open_driver
 from memopt.errors import BackendError, InputRefused, OutOfResource
@@ -337,7 +338,7 @@ def test_arrays_of_any_layout_are_taken(session):
 
 
 def test_smallest_profile_is_taken_at_open_and_grown_only_for_larger_batches(trt, session):
-    activations = session._activations
+    activations = session._arena
     assert activations.size_bytes == SMALL
     assert_runs(session, batch_of(1))
     assert activations.size_bytes == SMALL
@@ -485,6 +486,56 @@ def test_sessions_do_not_disturb_each_other(runtime, artifact, session):
     assert_runs(session, batch_of(1))
     second.close()
     assert_runs(session, batch_of(5))
+
+
+@pytest.fixture
+def pair(runtime, artifact):
+    """Two engines in one pool."""
+    pool = MemoryPool()
+    opened = [runtime.open(artifact, pool=pool) for _ in range(2)]
+    yield opened
+    for each in opened:
+        each.close()
+
+
+def test_engines_of_a_pool_compute_in_one_memory(cuda, pair):
+    one, other = pair
+    for sizes, activations in (((1, 1), SMALL), ((1, 32), LARGE), ((32, 1), LARGE)):
+        for session, size in zip(pair, sizes, strict=True):
+            assert_runs(session, batch_of(size))
+        ports = sum(port.device_bytes for session in pair for port in session._ports.values())
+        assert cuda.fake_used() == 2 * WEIGHTS + activations + ports
+    other.close()
+    assert_runs(one, batch_of(32))
+    one.close()
+    assert cuda.fake_used() == 0
+
+
+def test_what_one_engine_of_a_pool_gives_back_the_other_takes_again(pair):
+    one, other = pair
+    for _ in range(2):
+        assert_runs(one, batch_of(32))
+        assert_runs(other, batch_of(4))
+        other.trim()
+
+
+def test_engines_of_a_pool_run_in_turn(pair):
+    work = [(pair[seed % 2], batch_of(1 + seed % 32, seed)) for seed in range(64)]
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(lambda each: each[0].run({"x": each[1]})[0], work))
+    for (_, x), y in zip(work, results, strict=True):
+        np.testing.assert_array_equal(y, 2 * x + 1)
+
+
+def test_pool_keeps_its_limit_on_a_device(cuda, runtime, info):
+    large = artifact_of(info, activations=[2 * 2**20, SMALL])
+    session = runtime.open(large, pool=MemoryPool("1MiB"))
+    assert_runs(session, batch_of(1))
+    with pytest.raises(OutOfResource, match=r"^2.00 MiB of activations are needed, the pool's limit is 1.00 MiB$"):
+        session.run({"x": batch_of(2)})
+    assert_runs(session, batch_of(1))
+    session.close()
+    assert cuda.fake_used() == 0
 
 
 def test_close_frees_everything_and_ends_the_session(cuda, trt, runtime, artifact):
