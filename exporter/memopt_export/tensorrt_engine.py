@@ -27,16 +27,8 @@ from memopt.manifest import EngineInfo, Profile
 from memopt.memory import read_host_memory
 from memopt.strict_json import from_json, to_json
 from memopt.tensors import TensorSpec, show_shape
-from memopt.trt_runtime import (
-    TARGETS,
-    TENSORRT,
-    TENSORRT_RTX,
-    TITLES,
-    import_library,
-    library_log,
-    not_installed,
-    this_platform,
-)
+from memopt.trt_library import TITLES, import_library, library_log, not_installed
+from memopt.trt_runtime import TARGETS, TENSORRT, TENSORRT_RTX, this_platform
 from memopt_export.graph import Graph
 
 if TYPE_CHECKING:

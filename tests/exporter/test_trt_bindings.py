@@ -18,14 +18,14 @@ from pathlib import Path
 
 import pytest
 
-import memopt.trt_runtime
+import memopt.trt_engine
 import memopt_export.tensorrt_engine
 
 BINDINGS = Path(sys.prefix) / "trt-bindings"
 RELEASES = ("10.3.0", "10.16.1.11", "11.4.0.106")
 # What an expression is, by the last name of it, in each source.
 SOURCES = {
-    memopt.trt_runtime: {"_engine": "ICudaEngine", "_context": "IExecutionContext", "_runtime": "Runtime"},
+    memopt.trt_engine: {"_engine": "ICudaEngine", "_context": "IExecutionContext", "_runtime": "Runtime"},
     memopt_export.tensorrt_engine: {
         "builder": "Builder", "config": "IBuilderConfig", "parser": "OnnxParser", "shapes": "IOptimizationProfile",
         "error": "ParserError",

@@ -25,7 +25,8 @@ from memopt.errors import BackendError, InputRefused, OutOfResource
 from memopt.manifest import EngineInfo, Profile
 from memopt.session import Runtime, Session
 from memopt.tensors import TensorSpec
-from memopt.trt_runtime import TENSORRT, TENSORRT_RTX, TrtRuntime, library_log, this_platform
+from memopt.trt_library import library_log
+from memopt.trt_runtime import TENSORRT, TENSORRT_RTX, TrtRuntime, this_platform
 
 DEVICE, HOST, STREAM = range(3)
 WEIGHTS, SMALL, LARGE = 5000, 2048, 40_000
@@ -142,7 +143,7 @@ def test_broken_library_says_what_is_missing(runtime, flavor, monkeypatch):
     def broken(_name):
         raise OSError("libnvinfer.so.11: cannot open shared object file")
 
-    monkeypatch.setattr("memopt.trt_runtime.import_module", broken)
+    monkeypatch.setattr("memopt.trt_library.import_module", broken)
     reason = f"{flavor.replace('-', '_')} cannot be imported: libnvinfer.so.11: cannot open shared object file"
     assert runtime.unavailable("cuda") == reason
 
@@ -151,7 +152,7 @@ def test_library_that_fails_without_a_word_is_told_by_kind(runtime, flavor, monk
     def broken(_name):
         raise ImportError
 
-    monkeypatch.setattr("memopt.trt_runtime.import_module", broken)
+    monkeypatch.setattr("memopt.trt_library.import_module", broken)
     assert runtime.unavailable("cuda") == f"{flavor.replace('-', '_')} cannot be imported: ImportError"
 
 
@@ -651,7 +652,7 @@ def forget_library(flavor, monkeypatch):
 
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr("importlib.metadata.version", nothing)
-    monkeypatch.setattr("memopt.trt_runtime.import_module", no_module)
+    monkeypatch.setattr("memopt.trt_library.import_module", no_module)
 
 
 def fake_library(name, cuda):
