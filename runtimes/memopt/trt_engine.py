@@ -23,7 +23,7 @@ Shapes = dict[str, tuple[int, ...]]
 class Engine:
     """An engine in the library, with one execution context: the only place that speaks TensorRT."""
 
-    def __init__(self, trt: Any, artifact: Artifact) -> None:
+    def __init__(self, trt: Any, artifact: Artifact, profile: str = "balanced") -> None:
         self.name = artifact.name
         self._log = library_log(trt)
         self._log.lines.clear()
@@ -38,7 +38,7 @@ class Engine:
         self.activation_bytes = self._read_activation_bytes()
         self.profiles = self._read_profiles()
         self.weights_bytes = self._read_weights_bytes(trt, artifact)
-        self._context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        self._context = self._make_context(trt, profile)
         self._require(self._context is not None, "has no execution context")
 
     def profile_for(self, shapes: Shapes) -> int:
@@ -91,6 +91,19 @@ class Engine:
         del self._context
         del self._engine
         del self._runtime
+
+    def _make_context(self, trt: Any, profile: str) -> Any:
+        """A context whose activation memory is ours to give; TensorRT-RTX is told what it may cost, too."""
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not hasattr(trt, "CudaGraphStrategy"):
+            return self._engine.create_execution_context(strategy)
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        if profile == "fast":
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if profile == "minimum":  # kernels for one shape each are compiled at run time, and stay
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.NONE
+        return self._engine.create_execution_context(config)
 
     def _require(self, done: bool, problem: str) -> None:
         if not done:

@@ -11,7 +11,7 @@ import logging
 import math
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,10 +21,11 @@ import numpy as np
 
 from memopt.arena import MemoryPool
 from memopt.artifact import Artifact
-from memopt.cuda_driver import LIBRARY, DeviceBuffer, Driver, HostBuffer, Stream, open_driver
+from memopt.cuda_driver import LIBRARY, DeviceBuffer, Driver, HostBuffer, Recording, Stream, open_driver
 from memopt.device_arena import DeviceArena, Grown
 from memopt.errors import BackendError, OutOfResource
 from memopt.manifest import EngineInfo
+from memopt.ort_options import profile_named
 from memopt.sizes import show_size
 from memopt.tensors import Array, TensorSpec, check_feeds
 from memopt.trt_engine import Engine, Shapes
@@ -91,7 +92,9 @@ class TrtRuntime:
         self, artifact: Artifact, *, device: str = "cuda", threads: int = 0, profile: str = "balanced",
         pool: MemoryPool | None = None,
     ) -> TrtSession:  # fmt: skip
-        """A session; see `memopt.session.Runtime.open`. Threads and profile mean nothing here: engines are built.
+        """A session; see `memopt.session.Runtime.open`. Threads mean nothing here: engines are built.
+
+        Profile "fast" launches runs that repeat as one CUDA graph, which takes some device memory of its own.
 
         Engines of one pool run in turn in one activation memory, as large as the hungriest of them needs.
 
@@ -102,6 +105,7 @@ class TrtRuntime:
         reason = self.refuses(artifact) or self.unavailable(device)
         if reason:
             raise BackendError(reason)
+        profile_named(profile)
         driver = open_driver(self.cuda_library)
         _refuse_without_memory(artifact, driver)
         trt = import_library(self.NAME)
@@ -109,7 +113,8 @@ class TrtRuntime:
         placement = f"{TITLES[self.NAME]} {release} on {driver.name} ({driver.sm})"
         with driver.current():
             arena = pool.device_arena(driver) if pool is not None else DeviceArena(driver)
-            return TrtSession(Engine(trt, artifact), driver, arena, placement=placement)
+            records = profile == "fast" and self.NAME == "tensorrt"  # TensorRT-RTX records by itself
+            return TrtSession(Engine(trt, artifact, profile), driver, arena, placement=placement, records=records)
 
     def _other_flavor(self, info: EngineInfo) -> str | None:
         return f"was built by {info.flavor}, this is {self.NAME}" if info.flavor != self.NAME else None
@@ -157,7 +162,9 @@ TENSORRT_RTX = TrtRuntime("tensorrt-rtx")
 class TrtSession:
     """An open engine with one execution context. Threads may share it; runs in one arena take turns."""
 
-    def __init__(self, engine: Engine, driver: Driver, arena: DeviceArena, *, placement: str) -> None:
+    def __init__(
+        self, engine: Engine, driver: Driver, arena: DeviceArena, *, placement: str, records: bool = False
+    ) -> None:
         self.inputs, self.outputs = engine.inputs, engine.outputs
         self.placement = placement
         self._name = engine.name
@@ -166,11 +173,15 @@ class TrtSession:
         self._driver = driver
         self._arena = arena
         self._profile: tuple[int, DeviceBuffer] | None = None  # that the context is set to, and the memory it was given
+        self._shapes: Shapes | None = None  # that it is set to
+        self._repeated: _Repeated | None = None
         self._held = ExitStack()
         try:
             self._stream = driver.stream()
             self._held.callback(driver.free, self._stream)
             self._held.enter_context(arena.member())
+            if records:
+                self._repeated = _Repeated(driver, self._stream)
             self._ports = {spec.name: _Port(driver, spec) for spec in self.inputs + self.outputs}
             for port in self._ports.values():
                 self._held.callback(port.free)
@@ -208,17 +219,29 @@ class TrtSession:
             self._prepare(engine, {spec.name: feeds[spec.name].shape for spec in self.inputs})
             for spec in self.inputs:
                 self._ports[spec.name].send(feeds[spec.name], self._stream)
-            engine.execute(self._stream)
+            self._execute(engine)
             outputs = [self._ports[spec.name] for spec in self.outputs]
             for port in outputs:
                 port.fetch(self._stream)
             self._driver.synchronize(self._stream)
             return [port.array() for port in outputs]
 
+    def _forget(self) -> None:
+        if self._repeated is not None:
+            self._repeated.free()
+
+    def _execute(self, engine: Engine) -> None:
+        if self._repeated is None:
+            engine.execute(self._stream)
+            return
+        places = tuple(port.place for port in self._ports.values())
+        self._repeated.execute((self._profile, places), lambda: engine.execute(self._stream))
+
     def trim(self) -> None:
         """Frees activations, inputs and outputs; the next run takes them anew."""
         with self._arena.turn():
-            self._profile = None
+            self._profile = self._shapes = None
+            self._forget()
             self._arena.free()
             for port in self._ports.values():
                 port.free()
@@ -230,22 +253,68 @@ class TrtSession:
             try:
                 if engine is not None:
                     with self._driver.current():
+                        self._forget()
                         engine.close()  # before the memory it uses
             finally:
                 self._held.close()
 
     def _prepare(self, engine: Engine, shapes: Shapes) -> None:
-        """Sets profile, shapes and addresses, and makes room for them."""
-        self._use_profile(engine, engine.profile_for(shapes))
+        """Sets profile, shapes and addresses, and makes room for them; what is set already stays."""
+        before, self._shapes = self._shapes, None  # should anything fail below, the next run starts from here again
+        switched = self._use_profile(engine, engine.profile_for(shapes))
+        if switched or shapes != before:
+            self._set_shapes(engine, shapes)
+        self._shapes = shapes
+
+    def _set_shapes(self, engine: Engine, shapes: Shapes) -> None:
         for name, shape in {**shapes, **engine.set_shapes(shapes)}.items():
             engine.set_address(name, self._ports[name].reserve(shape))
 
-    def _use_profile(self, engine: Engine, index: int) -> None:
+    def _use_profile(self, engine: Engine, index: int) -> bool:
+        """Whether the context had another profile or memory before."""
         before, self._profile = self._profile, None  # should memory run out, the next run starts from here again
         memory = self._arena.at_least(engine.activation_bytes[index])
         if before != (index, memory):  # another engine of the pool may have grown or freed it
             engine.set_profile(index, memory, self._stream)
         self._profile = index, memory
+        return before != self._profile
+
+
+class _Repeated:
+    """Runs that repeat: the first of a kind is the library's own, which it wants before anything is recorded; the
+    second is recorded as a CUDA graph, and from then on that is launched. One graph at a time: a context that changes
+    its shapes changes memory that older graphs use.
+    """
+
+    def __init__(self, driver: Driver, stream: Stream) -> None:
+        self._driver = driver
+        self._stream = stream
+        self._kind: object = None
+        self._recording: Recording | None = None
+        self._can_record = True
+
+    def execute(self, kind: object, work: Callable[[], None]) -> None:
+        """Queues the work; equal kinds are equal work in the same places."""
+        if kind != self._kind or not self._can_record:
+            self.free()
+            work()
+            self._kind = kind
+            return
+        if self._recording is None:
+            try:
+                self._recording = self._driver.record(self._stream, work)
+            except BackendError as error:
+                logger.info("runs are not recorded: %s", error)
+                self._can_record = False
+                work()
+                return
+        self._driver.launch(self._recording, self._stream)
+
+    def free(self) -> None:
+        """Forgets the graph."""
+        recording, self._recording, self._kind = self._recording, None, None
+        if recording is not None:
+            self._driver.free(recording)
 
 
 class _Port:
@@ -263,6 +332,11 @@ class _Port:
     def device_bytes(self) -> int:
         """Bytes held on the device."""
         return self._device.size_bytes
+
+    @property
+    def place(self) -> tuple[int, tuple[int, ...]]:
+        """Address and shape."""
+        return self._buffers()[0].handle, self._shape
 
     def reserve(self, shape: tuple[int, ...]) -> DeviceBuffer:
         """The place for a tensor of this shape."""

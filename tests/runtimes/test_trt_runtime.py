@@ -11,6 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -21,14 +22,14 @@ from hypothesis import strategies as st
 from memopt.arena import MemoryPool
 from memopt.artifact import Artifact
 from memopt.cuda_driver import open_driver
-from memopt.errors import BackendError, InputRefused, OutOfResource
+from memopt.errors import BackendError, InputRefused, OutOfResource, UsageError
 from memopt.manifest import EngineInfo, Profile
 from memopt.session import Runtime, Session
 from memopt.tensors import TensorSpec
 from memopt.trt_library import library_log
 from memopt.trt_runtime import TENSORRT, TENSORRT_RTX, TrtRuntime, this_platform
 
-DEVICE, HOST, STREAM = range(3)
+DEVICE, HOST, STREAM, GRAPH = KINDS = range(4)
 WEIGHTS, SMALL, LARGE = 5000, 2048, 40_000
 ENGINE = {"profiles": [[2, 8, 32], [1, 1, 1]], "activations": [LARGE, SMALL], "weights": WEIGHTS}
 ROW_BYTES = (4 + 4 + 1) * 4  # x, y and sum, one sample
@@ -42,6 +43,7 @@ def cuda(fake_libcuda, tmp_path):
     loaded.fake_size.argtypes, loaded.fake_size.restype = (ctypes.c_uint64,), ctypes.c_size_t
     loaded.fake_used.restype = ctypes.c_size_t
     loaded.fake_flush.argtypes = (ctypes.c_void_p,)
+    loaded.fake_captured.restype = ctypes.c_void_p
     return loaded
 
 
@@ -352,10 +354,10 @@ def test_smallest_profile_is_taken_at_open_and_grown_only_for_larger_batches(trt
 
 def test_buffers_are_reused(cuda, session):
     assert_runs(session, batch_of(32))
-    made = [cuda.fake_allocations(kind) for kind in (DEVICE, HOST, STREAM)]
+    made = [cuda.fake_allocations(kind) for kind in KINDS]
     for size in (1, 32, 7, 2, 31, 32):
         assert_runs(session, batch_of(size))
-    assert [cuda.fake_allocations(kind) for kind in (DEVICE, HOST, STREAM)] == made
+    assert [cuda.fake_allocations(kind) for kind in KINDS] == made
 
 
 def test_device_bytes_are_what_the_driver_counts(cuda, session):
@@ -456,7 +458,7 @@ def test_call_that_the_library_denies_is_named(cuda, trt, runtime, artifact, cal
     trt.denied = call
     with pytest.raises(BackendError, match=f"^m.engine {problem}: the library does not say why$"):
         runtime.open(artifact)
-    assert [cuda.fake_live(kind) for kind in (DEVICE, HOST, STREAM)] == [0, 0, 0]
+    assert [cuda.fake_live(kind) for kind in KINDS] == [0, 0, 0, 0]
 
 
 def test_shapes_that_contradict_each_other_are_told(trt, runtime, artifact):
@@ -539,12 +541,80 @@ def test_pool_keeps_its_limit_on_a_device(cuda, runtime, info):
     assert cuda.fake_used() == 0
 
 
+@pytest.fixture
+def fast(cuda, artifact, monkeypatch):
+    """A session of TensorRT's that records what repeats."""
+    trt = fake_library("tensorrt", cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    engine = replace(artifact, engine=replace(artifact.engine, flavor="tensorrt"))
+    session = TrtRuntime("tensorrt", cuda_library=cuda._name).open(engine, profile="fast")
+    yield session
+    session.close()
+    assert [cuda.fake_live(kind) for kind in KINDS] == [0, 0, 0, 0]
+
+
+def test_runs_that_repeat_are_launched_as_one_graph(cuda, fast):
+    for size, launched in ((4, 0), (4, 1), (4, 2), (7, 2), (7, 3), (4, 3), (4, 4), (1, 4), (1, 5), (1, 6)):
+        assert_runs(fast, batch_of(size, seed=launched))
+        assert cuda.fake_launches() == launched
+        assert cuda.fake_live(GRAPH) <= 1
+    fast.trim()
+    assert cuda.fake_live(GRAPH) == 0
+    assert_runs(fast, batch_of(1))
+
+
+def test_what_cannot_be_recorded_is_run_by_the_library(cuda, fast):
+    cuda.fake_set_capture_result(900)
+    for seed in range(4):
+        assert_runs(fast, batch_of(4, seed))
+    assert cuda.fake_launches() == 0
+
+
+def test_other_profiles_record_nothing(cuda, session):
+    for seed in range(4):
+        assert_runs(session, batch_of(4, seed))
+    assert cuda.fake_launches() == 0
+
+
+def test_shapes_that_stay_are_set_once(trt, session, monkeypatch):
+    asked = []
+    infer = trt.IExecutionContext.infer_shapes
+    monkeypatch.setattr(trt.IExecutionContext, "infer_shapes", lambda self: asked.append(1) or infer(self))
+    for size in (4, 4, 4, 5, 4):
+        assert_runs(session, batch_of(size))
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("profile", "graphs", "kernels"),
+    [("fast", "WHOLE_GRAPH_CAPTURE", None), ("balanced", None, None), ("minimum", None, "NONE")],
+)
+def test_rtx_is_told_what_a_context_may_cost(trt, runtime, artifact, profile, graphs, kernels):
+    session = runtime.open(artifact, profile=profile)
+    assert_runs(session, batch_of(2))
+    session.close()
+    if runtime.NAME == "tensorrt":
+        assert trt.configs == []
+        return
+    (config,) = trt.configs
+    for chosen, name in (
+        (config.cuda_graph_strategy, graphs),
+        (config.dynamic_shapes_kernel_specialization_strategy, kernels),
+    ):
+        assert (chosen.name if chosen else None) == name
+
+
+def test_profile_that_does_not_exist_is_refused(runtime, artifact):
+    with pytest.raises(UsageError, match=r"^profile 'slow' is not known; hint: fast, balanced, minimum$"):
+        runtime.open(artifact, profile="slow")
+
+
 def test_close_frees_everything_and_ends_the_session(cuda, trt, runtime, artifact):
     session = runtime.open(artifact)
     assert_runs(session, batch_of(16))
     session.close()
     session.close()
-    assert [cuda.fake_live(kind) for kind in (DEVICE, HOST, STREAM)] == [0, 0, 0]
+    assert [cuda.fake_live(kind) for kind in KINDS] == [0, 0, 0, 0]
     assert trt.gone == ["context", "engine", "runtime"]
     with pytest.raises(BackendError, match=r"^m.engine is closed$"):
         session.run({"x": batch_of(1)})
@@ -555,7 +625,7 @@ def test_failed_open_leaves_nothing_behind(cuda, runtime, info):
     lying = artifact_of(info, activations=[LARGE + 1, LARGE + 1])
     with pytest.raises(OutOfResource, match="of device memory are needed"):
         runtime.open(lying)
-    assert [cuda.fake_live(kind) for kind in (DEVICE, HOST, STREAM)] == [0, 0, 0]
+    assert [cuda.fake_live(kind) for kind in KINDS] == [0, 0, 0, 0]
 
 
 def test_close_frees_the_rest_when_the_device_has_failed(cuda, runtime, artifact):
@@ -564,7 +634,7 @@ def test_close_frees_the_rest_when_the_device_has_failed(cuda, runtime, artifact
     with pytest.raises(BackendError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
         session.run({"x": batch_of(1)})
     session.close()
-    assert [cuda.fake_live(kind) for kind in (DEVICE, HOST, STREAM)] == [0, 0, 0]
+    assert [cuda.fake_live(kind) for kind in KINDS] == [0, 0, 0, 0]
 
 
 def test_log_is_one_per_library_and_keeps_errors_apart(trt):
@@ -584,11 +654,16 @@ def test_log_is_one_per_library_and_keeps_errors_apart(trt):
 
 
 def test_fake_has_nothing_that_the_real_library_lacks(cuda):
-    real, fake = pytest.importorskip("tensorrt_rtx"), fake_library("fake", cuda)
-    for kind in (fake.Runtime, fake.ICudaEngine, fake.IExecutionContext, fake.ILogger):
-        used = [name for name in vars(kind) if not name.startswith("_") and name not in ("view", "driver")]
+    real, fake = pytest.importorskip("tensorrt_rtx"), fake_library("tensorrt_rtx", cuda)
+    for kind in (fake.Runtime, fake.IRuntimeConfig, fake.ICudaEngine, fake.IExecutionContext, fake.ILogger):
+        used = [
+            name for name in vars(kind) if not name.startswith("_") and name not in ("compute", "strategy", "driver")
+        ]
         assert [name for name in used if not hasattr(getattr(real, kind.__name__), name)] == []
-    for enum in (fake.TensorIOMode, fake.TensorLocation, fake.DataType, fake.EngineStat):
+    for enum in (
+        fake.TensorIOMode, fake.TensorLocation, fake.DataType, fake.EngineStat, fake.CudaGraphStrategy,
+        fake.DynamicShapesKernelSpecializationStrategy,
+    ):  # fmt: skip
         assert set(enum.__members__) <= set(getattr(real, enum.__name__).__members__)
     assert hasattr(real.ExecutionContextAllocationStrategy, "USER_MANAGED")
     assert hasattr(real.ICudaEngine, "num_io_tensors")
@@ -660,7 +735,7 @@ def fake_library(name, cuda):
     trt = ModuleType(name)
     trt.__version__ = "1.7.1.116"
     trt.start_error = trt.run_error = trt.denied = None
-    trt.profiles_used, trt.gone = [], []
+    trt.profiles_used, trt.gone, trt.recorded, trt.configs = [], [], [], []
     trt.TensorIOMode = Enum("TensorIOMode", "NONE INPUT OUTPUT")
     trt.TensorLocation = Enum("TensorLocation", "DEVICE HOST")
     trt.DataType = Enum("DataType", "FLOAT HALF FP8")
@@ -721,8 +796,13 @@ def fake_library(name, cuda):
         def get_engine_stat(self, stat):
             return self.plan["weights"]
 
-        def create_execution_context(self, strategy):
+        def create_runtime_config(self):
+            trt.configs.append(IRuntimeConfig())
+            return trt.configs[-1]
+
+        def create_execution_context(self, how):
             assert cuda.fake_ready()
+            strategy = how.strategy if isinstance(how, IRuntimeConfig) else how
             assert strategy is trt.ExecutionContextAllocationStrategy.USER_MANAGED
             return None if trt.denied == "create_execution_context" else IExecutionContext(self)
 
@@ -765,28 +845,46 @@ def fake_library(name, cuda):
 
         def execute_async_v3(self, stream):
             assert cuda.fake_ready()
+            if cuda.fake_captured():
+                trt.recorded.append(partial(self.compute, dict(self.shapes), dict(self.addresses), self.memory))
+                return True
             if trt.run_error:
                 library_log(trt).log(ILogger.Severity.ERROR, trt.run_error)
                 return False
-            address, size = self.memory
+            cuda.fake_flush(stream)
+            self.compute(self.shapes, self.addresses, self.memory)
+            return True
+
+        def compute(self, shapes, addresses, memory):
+            address, size = memory
             assert size >= self.plan["activations"][self.profile]
             assert cuda.fake_size(address) >= size
             ctypes.memset(address, 0x5A, size)
-            cuda.fake_flush(stream)
-            x = self.view("x")
-            self.view("y")[...] = 2 * x + 1
-            self.view("sum")[...] = x.sum(axis=1)
-            return True
-
-        def view(self, name):
-            shape = self.get_tensor_shape(name)
-            count = int(np.prod(shape))
-            assert cuda.fake_size(self.addresses[name]) >= 4 * count
-            return np.ctypeslib.as_array((ctypes.c_float * count).from_address(self.addresses[name])).reshape(shape)
+            batch = shapes["x"][0]
+            x, y = (view(addresses[name], (batch, 4)) for name in ("x", "y"))
+            y[...] = 2 * x + 1
+            view(addresses["sum"], (batch,))[...] = x.sum(axis=1)
 
         def __del__(self):
             trt.gone.append("context" if cuda.fake_ready() else "context without its GPU")
 
-    for kind in (ILogger, Runtime, ICudaEngine, IExecutionContext):
+    def view(address, shape):
+        count = int(np.prod(shape))
+        assert cuda.fake_size(address) >= 4 * count
+        return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address)).reshape(shape)
+
+    trt.launch = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: trt.recorded[-1]())
+    cuda.fake_set_on_launch(trt.launch)
+    if name == "tensorrt_rtx":
+        trt.CudaGraphStrategy = Enum("CudaGraphStrategy", "DISABLED WHOLE_GRAPH_CAPTURE")
+        trt.DynamicShapesKernelSpecializationStrategy = Enum("DynamicShapesKernelSpecializationStrategy", "LAZY NONE")
+
+    class IRuntimeConfig:
+        cuda_graph_strategy = dynamic_shapes_kernel_specialization_strategy = strategy = None
+
+        def set_execution_context_allocation_strategy(self, strategy):
+            self.strategy = strategy
+
+    for kind in (ILogger, IRuntimeConfig, Runtime, ICudaEngine, IExecutionContext):
         setattr(trt, kind.__name__, kind)
     return trt
