@@ -13,6 +13,7 @@ import glob
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -133,6 +134,15 @@ def refuse_to_replace(path: Path, *, force: bool, is_ours: Callable[[Path], bool
     """Raises UsageError when something is at `path`, unless it is a folder of ours and `force` is given."""
     if path.exists() and not (force and path.is_dir() and is_ours(path)):
         raise UsageError(f"{path} exists", hint="--force replaces a folder of the same kind, and nothing else")
+
+
+def is_private(folder: Path) -> bool:
+    """Whether nobody but this user can write to the folder, or make one of that name."""
+    try:
+        status = folder.lstat()
+    except FileNotFoundError:
+        return True
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def sha256_file(path: Path) -> str:

@@ -28,6 +28,7 @@ from memopt.sizes import parse_size, show_size
 from memopt.specialization import Cache, default_cache, source_of, specialize_beside
 from memopt.specialization import specialize as specialize_variant
 from memopt.tensors import Array, TensorSpec
+from memopt.trt_runtime import TrtRuntime
 
 MOST_THREADS = 1024
 SPECIALIZE = ("cache", "wait", "off")
@@ -122,6 +123,8 @@ class Model:
         pool: MemoryPool | None = None, cache: Cache | None = None, wait: bool = False, verify: str = "full",
     ) -> None:  # fmt: skip
         runtime = RUNTIMES[choice.runtime]
+        if isinstance(runtime, TrtRuntime) and cache is not None:
+            runtime = replace(runtime, kernels=cache.folder)
         runtime.load_library()
         give_back()
         self._baseline = read_host_memory()

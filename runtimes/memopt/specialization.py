@@ -7,6 +7,7 @@ where kernels want them so, are written to files that later loads map as they li
     CACHE/0123…ef/              an entry, named by what it was made from and for
         entry.json              what that is, and the sha256 of the other files
         graph.onnx, weights.data
+    CACHE/4567…cd.kernels       what TensorRT-RTX has compiled (see `memopt.kernel_file`)
     CACHE/0123…ef.lock          whoever makes the entry has it locked
 
 Nothing is taken from a cache that others could write to, from an entry that was made for something else, or from files
@@ -22,7 +23,6 @@ import logging
 import os
 import resource
 import shutil
-import stat
 import subprocess
 import sys
 import threading
@@ -40,7 +40,7 @@ from memopt.artifact import Artifact, map_file
 from memopt.bundle import Bundle, open_bundle
 from memopt.cpu import CpuTarget, this_cpu
 from memopt.errors import BackendError, InputRefused, IntegrityError, MemoptError, OutOfResource, first_line
-from memopt.files import atomic_folder, locked, sha256_file
+from memopt.files import atomic_folder, is_private, locked, sha256_file
 from memopt.manifest import File, Variant
 from memopt.memory import limit_process
 from memopt.ort_options import READ_IN_PLACE
@@ -138,11 +138,7 @@ class Cache:
 
     def is_private(self) -> bool:
         """Whether nobody but this user can write to the folder, or make one of that name."""
-        try:
-            status = self.folder.lstat()
-        except FileNotFoundError:
-            return True
-        return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+        return is_private(self.folder)
 
     def _check_owner(self) -> None:
         if not self.is_private():
@@ -158,13 +154,24 @@ class Cache:
             with contextlib.suppress(OSError):  # another process may evict as well
                 size_bytes = sum(file.stat().st_size for file in entry.parent.iterdir())
                 entries.append((entry.stat().st_mtime_ns, size_bytes, entry.parent))
+        for kernels in self.folder.glob("[0-9a-f]*.kernels"):  # see memopt.kernel_file
+            with contextlib.suppress(OSError):
+                status = kernels.stat()
+                entries.append((status.st_mtime_ns, status.st_size, kernels))
         total_bytes = sum(size_bytes for _, size_bytes, _ in entries)
         for _, size_bytes, folder in sorted(entries):
             if total_bytes <= self.limit_bytes:
                 break
             if folder != keep:
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
                 total_bytes -= size_bytes
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)
 
 
 def default_cache() -> Cache | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from memopt.artifact import Artifact, release_pages
@@ -17,13 +18,17 @@ _DTYPES = {
     "BOOL": "bool",
 }  # fmt: skip
 
+logger = logging.getLogger(__name__)
+
 Shapes = dict[str, tuple[int, ...]]
 
 
 class Engine:
     """An engine in the library, with one execution context: the only place that speaks TensorRT."""
 
-    def __init__(self, trt: Any, artifact: Artifact, profile: str = "balanced") -> None:
+    def __init__(
+        self, trt: Any, artifact: Artifact, profile: str = "balanced", *, compiled: bytes | None = None
+    ) -> None:
         self.name = artifact.name
         self._log = library_log(trt)
         self._log.lines.clear()
@@ -38,7 +43,8 @@ class Engine:
         self.activation_bytes = self._read_activation_bytes()
         self.profiles = self._read_profiles()
         self.weights_bytes = self._read_weights_bytes(trt, artifact)
-        self._context = self._make_context(trt, profile)
+        self._compiled: Any = None  # TensorRT-RTX's runtime cache
+        self._context = self._make_context(trt, profile, compiled)
         self._require(self._context is not None, "has no execution context")
 
     def profile_for(self, shapes: Shapes) -> int:
@@ -89,11 +95,20 @@ class Engine:
     def close(self) -> None:
         """Lets the library free all it holds, in the order it wants."""
         del self._context
+        del self._compiled
         del self._engine
         del self._runtime
 
-    def _make_context(self, trt: Any, profile: str) -> Any:
-        """A context whose activation memory is ours to give; TensorRT-RTX is told what it may cost, too."""
+    def compiled(self) -> bytes | None:
+        """The kernels that TensorRT-RTX has compiled for this GPU so far; None where nothing is."""
+        return bytes(self._compiled.serialize()) if self._compiled is not None else None
+
+    def _make_context(self, trt: Any, profile: str, compiled: bytes | None) -> Any:
+        """A context whose activation memory is ours to give.
+
+        TensorRT-RTX is told what it may cost, too, and given what it compiled in an earlier process; what does not fit
+        this GPU, driver or release it leaves out by itself.
+        """
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not hasattr(trt, "CudaGraphStrategy"):
             return self._engine.create_execution_context(strategy)
@@ -103,6 +118,10 @@ class Engine:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if profile == "minimum":  # kernels for one shape each are compiled at run time, and stay
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.NONE
+        self._compiled = config.create_runtime_cache()
+        if compiled is not None and not self._compiled.deserialize(compiled):
+            logger.info("%s: the kernels kept from an earlier process are of another GPU, driver or release", self.name)
+        config.set_runtime_cache(self._compiled)
         return self._engine.create_execution_context(config)
 
     def _require(self, done: bool, problem: str) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from memopt.artifact import Artifact
 from memopt.cuda_driver import LIBRARY, DeviceBuffer, Driver, HostBuffer, Recording, Stream, open_driver
 from memopt.device_arena import DeviceArena, Grown
 from memopt.errors import BackendError, OutOfResource
+from memopt.kernel_file import KernelFile
 from memopt.manifest import EngineInfo
 from memopt.ort_options import profile_named
 from memopt.sizes import show_size
@@ -43,10 +45,17 @@ _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}  # what others call them -> 
 
 @dataclass(frozen=True)
 class TrtRuntime:
-    """The runtime of one flavor, "tensorrt" or "tensorrt-rtx"."""
+    """The runtime of one flavor, "tensorrt" or "tensorrt-rtx".
+
+    Attributes:
+        NAME: the flavor.
+        cuda_library: the driver's.
+        kernels: a folder of this user's, where TensorRT-RTX keeps what it compiles in the first runs; None: nowhere.
+    """
 
     NAME: str
     cuda_library: str = LIBRARY
+    kernels: Path | None = None
     DEVICES: ClassVar[tuple[str, ...]] = ("cuda",)
 
     def version(self) -> str | None:
@@ -114,7 +123,15 @@ class TrtRuntime:
         with driver.current():
             arena = pool.device_arena(driver) if pool is not None else DeviceArena(driver)
             records = profile == "fast" and self.NAME == "tensorrt"  # TensorRT-RTX records by itself
-            return TrtSession(Engine(trt, artifact, profile), driver, arena, placement=placement, records=records)
+            kept = self._kernel_file(artifact, driver)
+            engine = Engine(trt, artifact, profile, compiled=kept.read() if kept else None)
+            return TrtSession(engine, driver, arena, placement=placement, records=records, kept=kept)
+
+    def _kernel_file(self, artifact: Artifact, driver: Driver) -> KernelFile | None:
+        """Where the compiled kernels of this engine on this GPU and driver are kept."""
+        if self.kernels is None or self.NAME != "tensorrt-rtx":
+            return None
+        return KernelFile.of(self.kernels, artifact.engine, driver.name, driver.uuid, driver.version)
 
     def _other_flavor(self, info: EngineInfo) -> str | None:
         return f"was built by {info.flavor}, this is {self.NAME}" if info.flavor != self.NAME else None
@@ -163,8 +180,9 @@ class TrtSession:
     """An open engine with one execution context. Threads may share it; runs in one arena take turns."""
 
     def __init__(
-        self, engine: Engine, driver: Driver, arena: DeviceArena, *, placement: str, records: bool = False
-    ) -> None:
+        self, engine: Engine, driver: Driver, arena: DeviceArena, *, placement: str, records: bool = False,
+        kept: KernelFile | None = None,
+    ) -> None:  # fmt: skip
         self.inputs, self.outputs = engine.inputs, engine.outputs
         self.placement = placement
         self._name = engine.name
@@ -174,6 +192,7 @@ class TrtSession:
         self._arena = arena
         self._profile: tuple[int, DeviceBuffer] | None = None  # that the context is set to, and the memory it was given
         self._shapes: Shapes | None = None  # that it is set to
+        self._kept = kept
         self._repeated: _Repeated | None = None
         self._held = ExitStack()
         try:
@@ -226,6 +245,11 @@ class TrtSession:
             self._driver.synchronize(self._stream)
             return [port.array() for port in outputs]
 
+    def _keep(self, engine: Engine) -> None:
+        compiled = engine.compiled() if self._kept is not None else None
+        if self._kept is not None and compiled is not None:
+            self._kept.write(compiled)
+
     def _forget(self) -> None:
         if self._repeated is not None:
             self._repeated.free()
@@ -243,6 +267,9 @@ class TrtSession:
             self._profile = self._shapes = None
             self._forget()
             self._arena.free()
+            if self._engine is not None:
+                with self._driver.current():
+                    self._keep(self._engine)
             for port in self._ports.values():
                 port.free()
 
@@ -254,6 +281,7 @@ class TrtSession:
                 if engine is not None:
                     with self._driver.current():
                         self._forget()
+                        self._keep(engine)
                         engine.close()  # before the memory it uses
             finally:
                 self._held.close()

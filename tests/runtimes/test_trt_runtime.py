@@ -604,6 +604,54 @@ def test_rtx_is_told_what_a_context_may_cost(trt, runtime, artifact, profile, gr
         assert (chosen.name if chosen else None) == name
 
 
+@pytest.fixture
+def kept(tmp_path):
+    folder = tmp_path / "kept"
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def test_kernels_compiled_in_one_process_are_there_in_the_next(trt, runtime, artifact, kept):
+    for _ in range(2):
+        session = replace(runtime, kernels=kept).open(artifact)
+        assert_runs(session, batch_of(2))
+        session.close()
+    files = list(kept.iterdir())
+    if runtime.NAME == "tensorrt":
+        assert files == []
+        return
+    assert [file.read_bytes() for file in files] == [b"of this GPU: two kernels"]
+    assert [bool(cache.kernels) for cache in trt.caches] == [False, True]
+
+
+def test_kernels_are_kept_for_each_engine_and_when_a_session_is_trimmed(runtime, info, kept):
+    runtime = replace(runtime, kernels=kept)
+    for sha in ("1", "2"):
+        session = runtime.open(artifact_of(replace(info, onnx_sha256=sha * 64)))
+        session.trim()
+        assert len(list(kept.iterdir())) == (int(sha) if runtime.NAME == "tensorrt-rtx" else 0)
+        assert_runs(session, batch_of(2))
+        session.close()
+
+
+@pytest.mark.parametrize("spoil", ["other GPU", "others may write", "not a folder"])
+def test_kernels_that_cannot_be_used_are_as_if_not_there(trt, runtime, artifact, kept, spoil):
+    runtime = replace(runtime, kernels=kept)
+    runtime.open(artifact).close()
+    if spoil == "other GPU":
+        for file in kept.iterdir():
+            file.write_bytes(b"of another one")
+    elif spoil == "others may write":
+        kept.chmod(0o777)
+    else:
+        shutil.rmtree(kept)
+        kept.touch()
+    session = runtime.open(artifact)
+    assert_runs(session, batch_of(2))
+    assert not any(cache.kernels for cache in trt.caches)
+    session.close()
+
+
 def test_profile_that_does_not_exist_is_refused(runtime, artifact):
     with pytest.raises(UsageError, match=r"^profile 'slow' is not known; hint: fast, balanced, minimum$"):
         runtime.open(artifact, profile="slow")
@@ -655,10 +703,10 @@ def test_log_is_one_per_library_and_keeps_errors_apart(trt):
 
 def test_fake_has_nothing_that_the_real_library_lacks(cuda):
     real, fake = pytest.importorskip("tensorrt_rtx"), fake_library("tensorrt_rtx", cuda)
-    for kind in (fake.Runtime, fake.IRuntimeConfig, fake.ICudaEngine, fake.IExecutionContext, fake.ILogger):
-        used = [
-            name for name in vars(kind) if not name.startswith("_") and name not in ("compute", "strategy", "driver")
-        ]
+    kinds = ("Runtime", "IRuntimeCache", "IRuntimeConfig", "ICudaEngine", "IExecutionContext", "ILogger")
+    for kind in (getattr(fake, name) for name in kinds):
+        ours = ("compute", "strategy", "kernels", "driver")
+        used = [name for name in vars(kind) if not name.startswith("_") and name not in ours]
         assert [name for name in used if not hasattr(getattr(real, kind.__name__), name)] == []
     for enum in (
         fake.TensorIOMode, fake.TensorLocation, fake.DataType, fake.EngineStat, fake.CudaGraphStrategy,
@@ -735,7 +783,7 @@ def fake_library(name, cuda):
     trt = ModuleType(name)
     trt.__version__ = "1.7.1.116"
     trt.start_error = trt.run_error = trt.denied = None
-    trt.profiles_used, trt.gone, trt.recorded, trt.configs = [], [], [], []
+    trt.profiles_used, trt.gone, trt.recorded, trt.configs, trt.caches = [], [], [], [], []
     trt.TensorIOMode = Enum("TensorIOMode", "NONE INPUT OUTPUT")
     trt.TensorLocation = Enum("TensorLocation", "DEVICE HOST")
     trt.DataType = Enum("DataType", "FLOAT HALF FP8")
@@ -885,6 +933,24 @@ def fake_library(name, cuda):
         def set_execution_context_allocation_strategy(self, strategy):
             self.strategy = strategy
 
-    for kind in (ILogger, IRuntimeConfig, Runtime, ICudaEngine, IExecutionContext):
+        def create_runtime_cache(self):
+            return IRuntimeCache()
+
+        def set_runtime_cache(self, cache):
+            trt.caches.append(cache)
+
+    class IRuntimeCache:
+        kernels = b""
+
+        def deserialize(self, data):
+            assert cuda.fake_ready()
+            fits = data.startswith(b"of this GPU")
+            self.kernels = data if fits else b""
+            return fits
+
+        def serialize(self):
+            return memoryview(self.kernels or b"of this GPU: two kernels")
+
+    for kind in (ILogger, IRuntimeCache, IRuntimeConfig, Runtime, ICudaEngine, IExecutionContext):
         setattr(trt, kind.__name__, kind)
     return trt
