@@ -178,14 +178,18 @@ def quantize(model: Path, output: Path, strict: bool, as_json: bool, **asked: An
     help="A profile: one batch, or MIN,OPT,MAX; may be given several times.",
 )  # fmt: skip
 @click.option(
+    "--weight-streaming", is_flag=True,
+    help="Weights may stay in host memory and come to the GPU layer by layer: profile minimum does so, slower.",
+)  # fmt: skip
+@click.option(
     "--timeout", "timeout_s", type=float, default=600.0, show_default=True, help="Seconds the build may take."
 )
 @output_option
 @force_option
 @as_json_option
 def engine(
-    model: Path, flavor: str, target: str, batches: Sequence[tuple[int, ...]], timeout_s: float, output: Path,
-    force: bool, as_json: bool,
+    model: Path, flavor: str, target: str, batches: Sequence[tuple[int, ...]], weight_streaming: bool,
+    timeout_s: float, output: Path, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Build a TensorRT engine from MODEL, an .onnx file; writes OUT.engine and OUT.engine.json."""
     from memopt_export import commands, console
@@ -193,7 +197,7 @@ def engine(
     profiles = [_profile(batch) for batch in batches]
     saved = commands.engine(
         model, flavor, [name.strip() for name in target.split(",")], profiles, output,
-        force=force, timeout_s=timeout_s,
+        weight_streaming=weight_streaming, force=force, timeout_s=timeout_s,
     )  # fmt: skip
     console.show(saved, as_json=as_json)
     if saved.path is None:

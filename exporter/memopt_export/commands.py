@@ -453,14 +453,14 @@ def quantize(
 
 def engine(
     model: Path, flavor: str, targets: Sequence[str], batches: Sequence[tuple[int, int, int]], output: Path, *,
-    force: bool = False, timeout_s: float = 600.0,
+    weight_streaming: bool = False, force: bool = False, timeout_s: float = 600.0,
 ) -> SavedEngine:  # fmt: skip
     """A TensorRT engine with its sidecar, for the targets that can take the graph; the others with their reasons."""
     from memopt_export.graph import load_graph
     from memopt_export.tensorrt_engine import EngineSettings, build, save_engine, split_targets
 
     refuse_to_overwrite(output, force=force)
-    how = EngineSettings(flavor, tuple(targets), tuple(batches))
+    how = EngineSettings(flavor, tuple(targets), tuple(batches), weight_streaming)
     accepted, refused = split_targets(load_graph(model).model, how.targets, flavor=how.flavor)
     if not accepted:
         return SavedEngine(None, 0, None, refused)

@@ -38,6 +38,7 @@ class Engine:
         self._engine = self._runtime.deserialize_cuda_engine(artifact.data)
         self._require(self._engine is not None, "cannot be opened")
         release_pages(artifact.data)
+        self._streamed_bytes = self._stream_weights() if profile == "minimum" else 0
         self.inputs = self._specs(trt, trt.TensorIOMode.INPUT)
         self.outputs = self._specs(trt, trt.TensorIOMode.OUTPUT)
         self.activation_bytes = self._read_activation_bytes()
@@ -162,8 +163,19 @@ class Engine:
         """From the engine where the library can tell (not before TensorRT 10.16), else from the manifest."""
         if hasattr(self._engine, "get_engine_stat"):
             size_bytes = int(self._engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE))
-            return size_bytes if size_bytes >= 0 else None  # -1: it cannot
-        return artifact.engine.weights_bytes if artifact.engine else None
+            return size_bytes - self._streamed_bytes if size_bytes >= 0 else None  # -1: it cannot
+        known = artifact.engine.weights_bytes if artifact.engine else None
+        return known - self._streamed_bytes if known is not None else None
+
+    def _stream_weights(self) -> int:
+        """Leaves in host memory what an engine built with weight streaming can bring layer by layer; bytes of it.
+
+        What that takes on the device counts among its activations. To be asked for before there is a context.
+        """
+        streamable = int(getattr(self._engine, "streamable_weights_size", 0))
+        if streamable > 0:
+            self._engine.weight_streaming_budget_v2 = 0
+        return streamable
 
 
 def _covers(profile: Profile, shapes: Shapes) -> bool:

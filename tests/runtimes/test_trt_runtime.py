@@ -652,6 +652,14 @@ def test_kernels_that_cannot_be_used_are_as_if_not_there(trt, runtime, artifact,
     session.close()
 
 
+@pytest.mark.parametrize(("profile", "on_device"), [("minimum", WEIGHTS - 4000), ("balanced", WEIGHTS)])
+def test_weights_that_can_be_streamed_stay_in_host_memory_in_profile_minimum(cuda, runtime, info, profile, on_device):
+    session = runtime.open(artifact_of(info, streamable=4000), profile=profile)
+    assert_runs(session, batch_of(1))
+    assert session.device_bytes == on_device + SMALL + ROW_BYTES == cuda.fake_used()
+    session.close()
+
+
 def test_profile_that_does_not_exist_is_refused(runtime, artifact):
     with pytest.raises(UsageError, match=r"^profile 'slow' is not known; hint: fast, balanced, minimum$"):
         runtime.open(artifact, profile="slow")
@@ -818,7 +826,9 @@ def fake_library(name, cuda):
             self.num_io_tensors = len(self.names)
             self.num_optimization_profiles = len(plan["profiles"])
             self.driver = open_driver(cuda._name)
-            self.weights = self.driver.device_buffer(plan["weights"])
+            self.streamable_weights_size = plan.get("streamable", 0)
+            self.weight_streaming_budget_v2 = self.streamable_weights_size
+            self.weights = None
 
         def get_tensor_name(self, index):
             return self.names[index]
@@ -850,6 +860,8 @@ def fake_library(name, cuda):
 
         def create_execution_context(self, how):
             assert cuda.fake_ready()
+            streamed = self.streamable_weights_size - self.weight_streaming_budget_v2
+            self.weights = self.driver.device_buffer(self.plan["weights"] - streamed)
             strategy = how.strategy if isinstance(how, IRuntimeConfig) else how
             assert strategy is trt.ExecutionContextAllocationStrategy.USER_MANAGED
             return None if trt.denied == "create_execution_context" else IExecutionContext(self)
