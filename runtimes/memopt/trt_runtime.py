@@ -157,12 +157,15 @@ class TrtRuntime:
             return None
         return f"needs {' or '.join(info.targets)}, this GPU ({driver.name}) is {driver.sm}"
 
+    def local_target(self) -> tuple[str, str, str]:
+        """Flavor and target to build for on this machine, and the GPU's name; to be asked where there is a driver."""
+        driver = open_driver(self.cuda_library)
+        known = driver.sm in TARGETS[self.NAME]
+        return (self.NAME, driver.sm, driver.name) if known else ("tensorrt", "local", driver.name)
+
     def _rebuild(self, info: EngineInfo) -> str:
         """The command that makes an engine for this GPU, or for the same ones where no GPU is known."""
-        driver = self._driver()
-        flavor, target = self.NAME, driver.sm if driver else ",".join(info.targets)
-        if driver and driver.sm not in TARGETS[flavor]:
-            flavor, target = "tensorrt", "local"
+        flavor, target = self.local_target()[:2] if self._driver() else (self.NAME, ",".join(info.targets))
         return f"memopt-export engine MODEL.onnx --flavor {flavor} --target {target}"
 
     def _driver(self) -> Driver | None:

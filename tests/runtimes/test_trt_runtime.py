@@ -8,30 +8,40 @@ import ctypes
 import json
 import shutil
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from enum import Enum
 from functools import partial
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import memopt
+from memopt import engine_rebuild
 from memopt.arena import MemoryPool
 from memopt.artifact import Artifact
+from memopt.bundle import open_bundle
 from memopt.cuda_driver import open_driver
 from memopt.errors import BackendError, InputRefused, OutOfResource, UsageError
 from memopt.manifest import EngineInfo, Profile
+from memopt.runtimes import RUNTIMES
 from memopt.session import Runtime, Session
+from memopt.specialization import Cache
+from memopt.strict_json import to_json
 from memopt.tensors import TensorSpec
 from memopt.trt_library import library_log
 from memopt.trt_runtime import TENSORRT, TENSORRT_RTX, TrtRuntime, this_platform
+from memopt_export.pack import EnginePart, pack
 
 DEVICE, HOST, STREAM, GRAPH = KINDS = range(4)
 WEIGHTS, SMALL, LARGE = 5000, 2048, 40_000
 ENGINE = {"profiles": [[2, 8, 32], [1, 1, 1]], "activations": [LARGE, SMALL], "weights": WEIGHTS}
+SHAPE = (1, 8, 8)  # of one input of the tiny graph
 ROW_BYTES = (4 + 4 + 1) * 4  # x, y and sum, one sample
 
 
@@ -704,6 +714,156 @@ def test_log_is_one_per_library_and_keeps_errors_apart(trt):
     log.log(trt.ILogger.Severity.VERBOSE, "and so on")
     assert log.errors() == ["it is not", "at all"]
     assert len(log.lines) == 3
+
+
+# ---- An engine in a bundle that only has to be built anew to run here.
+
+
+@pytest.fixture
+def stale(tmp_path, cuda, trt, flavor, monkeypatch, tiny_contents):
+    """A bundle whose engine is of another GPU, and a cache that is still empty; the fake GPU is an sm86."""
+    monkeypatch.setitem(RUNTIMES, flavor, TrtRuntime(flavor, cuda_library=cuda._name))
+    large = tiny_contents.parts[0]
+    shapes = [{"input": (batch, *large.graph.inputs[0].shape[1:])} for batch in (1, 1, 4)]
+    os, arch = this_platform()
+    info = EngineInfo(flavor, "1.7.1.116", ("sm120",), os, arch, (Profile(*shapes, 4096),), 1000, large.graph.sha256)
+    parts = (*tiny_contents.parts, EnginePart("engine", "tiny", "fp32", b"of another GPU", info, "large"))
+    pack(replace(tiny_contents, parts=parts), tmp_path / "stale.mopt")
+    return tmp_path / "stale.mopt", Cache(tmp_path / "cache")
+
+
+@pytest.fixture
+def builder(monkeypatch, stale):
+    """In place of the exporter's command: leaves a fake engine of this GPU, and notes what was asked."""
+    asked, free = [], threading.Event()
+    free.set()
+
+    def run(command, timeout_s):
+        asked.append(command)
+        assert free.wait(20)
+        output = Path(command[command.index("-o") + 1])
+        engine = {"profiles": [[1, 1, 4]], "activations": [SMALL], "weights": WEIGHTS, "input": "input", "shape": SHAPE}
+        output.write_bytes(json.dumps(engine).encode())
+        old = next(v for v in open_bundle(stale[0]).manifest.variants if v.id == "engine").engine
+        profiles = (replace(old.profiles[0], activation_bytes=SMALL),)
+        info = replace(old, targets=("sm86",), weights_bytes=WEIGHTS, profiles=profiles)
+        output.with_name(output.name + ".json").write_text(to_json(info))
+
+    monkeypatch.setattr(engine_rebuild, "_run", run)
+    return SimpleNamespace(asked=asked, free=free)
+
+
+def opened_here(monkeypatch):
+    """The names of the engines that the runtime is asked to open; what it opens is a stand-in."""
+    opened = []
+
+    def open_engine(self, artifact, **_):
+        assert self.refuses(artifact) is None
+        opened.append((artifact.name, self.kernels))
+        return FakeSession()
+
+    monkeypatch.setattr(TrtRuntime, "open", open_engine)
+    return opened
+
+
+class FakeSession:
+    inputs = (TensorSpec("input", "float32", ("batch", *SHAPE)),)
+    outputs = (TensorSpec("logits", "float32", ("batch", 3)),)
+    placement, device_bytes, device_method = "the fake GPU", 7000, "by hand"
+
+    def run(self, feeds):
+        return [np.full((len(feeds["input"]), 3), 86, np.float32)]
+
+    def trim(self):
+        pass
+
+    def close(self):
+        pass
+
+
+def test_stale_engine_is_built_anew_while_the_graph_serves(stale, builder, monkeypatch, tiny_inputs, flavor):
+    path, cache = stale
+    opened = opened_here(monkeypatch)
+    builder.free.clear()
+    with memopt.load(path, cache=cache) as model:
+        assert model.why[-1] == f"engine: being built anew for Fake GPU, for {cache.folder}"
+        assert model.variant in ("large", "small")
+        served = model(tiny_inputs)
+        builder.free.set()
+        model._better.made.result(timeout=20)
+        assert np.all(model(tiny_inputs) == 86)
+        assert not np.all(served == 86)
+        assert (model.variant, model.placement) == ("engine", "the fake GPU")
+        assert model.why[-1] == "engine: built anew for this GPU from now on"
+    target = "sm86" if flavor == "tensorrt-rtx" else "local"
+    (command,) = builder.asked
+    assert command[command.index("--flavor") :][:4] == ["--flavor", flavor, "--target", target]
+    assert command[command.index("--batch") + 1] == "1,1,4"
+    with memopt.load(path, cache=cache) as model:
+        assert model.variant == "engine"
+        assert np.all(model(tiny_inputs) == 86)
+    assert opened == [("engine", cache.folder)] * 2
+    assert len(builder.asked) == 1
+
+
+def test_a_device_that_is_named_waits_for_its_engine(stale, builder, monkeypatch, tiny_inputs):
+    path, cache = stale
+    opened_here(monkeypatch)
+    with memopt.load(path, cache=cache, device="tensorrt") as model:
+        assert np.all(model(tiny_inputs) == 86)
+        assert model.why[-1].endswith("built anew for this GPU")
+
+
+def test_why_an_engine_was_not_built_is_said(stale, builder, monkeypatch, tiny_inputs):
+    path, cache = stale
+
+    def refuse(command, timeout_s):
+        raise BackendError("the disk is full")
+
+    monkeypatch.setattr(engine_rebuild, "_run", refuse)
+    with memopt.load(path, cache=cache) as model:
+        assert model._better.made.exception(timeout=20) is not None
+        assert model(tiny_inputs).shape == (32, 3)
+        assert model.why[-1] == "engine: not built anew for this GPU: the disk is full"
+    with pytest.raises(BackendError, match=r"needs sm120.*; engine cannot be built anew: the disk is full"):
+        memopt.load(path, cache=cache, device="tensorrt", trust_engines=True)
+    assert memopt.load(path, cache=cache, specialize="off").why[-1].startswith(("large", "small"))
+
+
+def test_engine_that_was_built_anew_keeps_the_limit_too(stale, builder, monkeypatch, tiny_inputs):
+    path, cache = stale
+    opened_here(monkeypatch)
+    for limit, variant in (("8MiB", "engine"), (str(WEIGHTS), None)):
+        monkeypatch.setattr("memopt.model.Model.settle", lambda *_: None)
+        if variant is None:
+            with pytest.raises(OutOfResource):
+                memopt.load(path, cache=cache, memory_limit=limit, specialize="wait")
+            continue
+        with memopt.load(path, cache=cache, memory_limit=limit, specialize="wait") as model:
+            assert model.variant == variant
+
+
+def test_damaged_engine_is_removed_and_built_again(stale, builder, monkeypatch, tiny_inputs):
+    path, cache = stale
+    opened_here(monkeypatch)
+    memopt.load(path, cache=cache, specialize="wait").close()
+    (engine,) = cache.folder.glob("*/model.engine")
+    engine.write_bytes(b"other code")
+    with memopt.load(path, cache=cache, specialize="wait") as model:
+        assert model.variant == "engine"
+        assert len(builder.asked) == 2
+
+
+def test_the_exporter_really_builds_it(stale, flavor):
+    if flavor == "tensorrt":
+        pytest.skip("TensorRT builds for the GPU it finds; TensorRT-RTX without one")
+    path, cache = stale
+    bundle = open_bundle(path)
+    rebuild = engine_rebuild.find_stale(bundle)
+    built = engine_rebuild.find_or_build(rebuild, bundle, cache)
+    assert built.engine.targets == ("sm86",)
+    assert built.engine.profiles[0].batches == (1, 4)
+    assert bytes(built.data[:4]) == b"vtrt"
 
 
 # ---- The real thing.
