@@ -101,10 +101,23 @@ class Checkpoint:
         settings: Mapping[str, Any],
         metrics: Mapping[str, float],
         parents: Sequence[str] = (),
+        quantization: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> Checkpoint:
-        """The checkpoint after a stage: the module's weights, the lineage one step longer, other metrics."""
+        """The checkpoint after a stage: the module's weights, the lineage one step longer, other metrics.
+
+        Args:
+            stage: its name.
+            module: has the weights.
+            settings: of the stage, for the lineage.
+            metrics: of the module.
+            parents: digests of the checkpoints that it comes from.
+            quantization: how the weights are to be rounded; None: they are floats.
+            tensors: what that needs, by names without QUANTIZATION.
+        """
         counted = {**metrics, "parameters": float(count_parameters(module))}
-        advanced = replace(self, state=snapshot(module), metrics=counted, quantization={})
+        state = snapshot(module) | {f"{QUANTIZATION}{name}": tensor for name, tensor in (tensors or {}).items()}
+        advanced = replace(self, state=state, metrics=counted, quantization=to_plain(dict(quantization or {})))
         step = Stage(stage, advanced.sha256, tuple(parents), to_plain(dict(settings)))
         return replace(advanced, lineage=(*self.lineage, step))
 
