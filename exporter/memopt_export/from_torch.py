@@ -18,6 +18,7 @@ from memopt.errors import AnswerIsNo, InputRefused, first_line
 from memopt.strict_json import to_json
 from memopt.tensors import Array, TensorSpec, show_shape
 from memopt.torch_runtime import SPECS
+from memopt_export import grids
 from memopt_export.graph import Graph, run_graph
 from memopt_export.simplify import simplify
 from memopt_models.checkpoint import Checkpoint
@@ -73,7 +74,8 @@ def export(checkpoint: Checkpoint, samples: Array) -> Exported:
 
     if len(samples) < 2:
         raise InputRefused("parity is proved on at least two samples", hint="--data SPEC")
-    module = checkpoint.module()
+    rounded = checkpoint.quantization.get("method") == "ste"
+    module = grids.folded_module(checkpoint) if rounded else checkpoint.module()
     inputs = torch.from_numpy(np.ascontiguousarray(samples))
     try:
         with torch.inference_mode():
@@ -86,6 +88,8 @@ def export(checkpoint: Checkpoint, samples: Array) -> Exported:
     with _quiet():
         program = _export_program(module, inputs[:2], checkpoint.network)
         graph = simplify(_to_graph(program, inputs[:2], checkpoint))
+    if rounded:
+        graph = grids.store_integers(graph, checkpoint, module)
     parity = prove_parity(graph, samples, expected.numpy())
     if not parity.holds:
         raise AnswerIsNo(f"the graph differs from torch by {parity.max_difference:.3g} on {parity.samples} samples")
