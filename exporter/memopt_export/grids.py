@@ -1,4 +1,4 @@
-"""The graph of a network whose weights were trained to stand on grids: they are stored as the integers that they are."""
+"""The graph of a network whose weights were trained to stand on grids: it stores them as the integers that they are."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from memopt_models.checkpoint import QUANTIZATION, Checkpoint
 
 if TYPE_CHECKING:
     import onnx
+    import torch
     from torch import nn
 
 # The first opset with integers of 2 bits.
@@ -101,13 +102,16 @@ def _pack(integers: Array, bits: int) -> Array:
     in_a_byte = 8 // bits
     values = np.concatenate([integers, np.zeros(-len(integers) % in_a_byte, np.uint8)]) & (2**bits - 1)
     shifted = values.reshape(-1, in_a_byte) << np.arange(0, 8, bits)
-    return np.bitwise_or.reduce(shifted, axis=1).astype(np.uint8)
+    packed: Array = np.bitwise_or.reduce(shifted, axis=1).astype(np.uint8)
+    return packed
 
 
 def _dequantize(tensor: str, *, per_channel: bool, axis: int) -> onnx.NodeProto:
     from onnx import helper
 
-    node = helper.make_node("DequantizeLinear", [_integers(tensor), _step(tensor)], [tensor], name=f"{tensor}.dequantize")
+    node = helper.make_node(
+        "DequantizeLinear", [_integers(tensor), _step(tensor)], [tensor], name=f"{tensor}.dequantize"
+    )
     if per_channel:
         node.attribute.append(helper.make_attribute("axis", axis))
     return node
@@ -131,6 +135,6 @@ def _step(tensor: str) -> str:
     return f"{tensor}.step"
 
 
-def _array(tensor: nn.Parameter) -> Array:
+def _array(tensor: torch.Tensor) -> Array:
     array: Array = tensor.detach().cpu().numpy()
     return array

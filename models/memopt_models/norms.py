@@ -10,6 +10,7 @@ from memopt.errors import InputRefused, first_line
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def find_norms(module: nn.Module) -> dict[str, str]:
@@ -44,9 +45,12 @@ def fold_norms(module: nn.Module, pairs: Mapping[str, str]) -> None:
     """
     import torch
     from torch import nn
+    from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.nn.modules.conv import _ConvNd
 
     for conv_name, norm_name in pairs.items():
         conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
+        assert isinstance(conv, _ConvNd) and isinstance(norm, _BatchNorm)
         gain, shift = _affine(norm)
         with torch.no_grad():
             conv.weight.mul_(gain.reshape(-1, *[1] * (conv.weight.ndim - 1)))
@@ -56,7 +60,11 @@ def fold_norms(module: nn.Module, pairs: Mapping[str, str]) -> None:
 
 
 def unfold_norms(
-    state: Mapping[str, torch.Tensor], folded: Mapping[str, torch.Tensor], pairs: Mapping[str, str], *, module: nn.Module
+    state: Mapping[str, torch.Tensor],
+    folded: Mapping[str, torch.Tensor],
+    pairs: Mapping[str, str],
+    *,
+    module: nn.Module,
 ) -> dict[str, torch.Tensor]:
     """The state of the network with its BatchNorm layers, in which these only add the bias of the folded convolution.
 
@@ -67,13 +75,16 @@ def unfold_norms(
         module: the network with its BatchNorm layers, for their epsilons.
     """
     import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
 
     whole = {name: folded.get(name, tensor) for name, tensor in state.items()}
     for conv, norm in pairs.items():
         bias = folded[f"{conv}.bias"]
         if f"{conv}.bias" in state:
             whole[f"{conv}.bias"] = torch.zeros_like(bias)
-        gain_is_one = torch.full_like(bias, 1 - float(module.get_submodule(norm).eps))
+        layer = module.get_submodule(norm)
+        assert isinstance(layer, _BatchNorm)
+        gain_is_one = torch.full_like(bias, 1 - layer.eps)
         neutral = {
             "weight": torch.ones_like(bias), "bias": bias, "running_mean": torch.zeros_like(bias),
             "running_var": gain_is_one,
@@ -83,6 +94,7 @@ def unfold_norms(
 
 
 def _pairs(module: nn.Module, nodes: list[torch.fx.Node]) -> Iterator[tuple[str, str]]:
+    from torch import fx
     from torch.nn.modules.batchnorm import _BatchNorm
     from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -93,16 +105,18 @@ def _pairs(module: nn.Module, nodes: list[torch.fx.Node]) -> Iterator[tuple[str,
         if not isinstance(norm, _BatchNorm) or norm.weight is None or norm.running_var is None:
             continue
         before = node.args[0]
+        assert isinstance(before, fx.Node)
         conv = layers.get(str(before.target)) if before.op == "call_module" and len(before.users) == 1 else None
         once = all(calls.count(str(each.target)) == 1 for each in (node, before))
         if isinstance(conv, _ConvNd) and not isinstance(conv, _ConvTransposeNd) and once:
             yield str(before.target), str(node.target)
 
 
-def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def _affine(norm: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
     """What the BatchNorm does to each channel in evaluation mode: times the first, plus the second."""
     import torch
 
+    assert norm.running_mean is not None and norm.running_var is not None  # `find_norms` saw to it
     with torch.no_grad():
         gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
         return gain, norm.bias - norm.running_mean * gain

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
-
-import torch
-from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils import parametrize
+from typing import TYPE_CHECKING
 
 from memopt.errors import AnswerIsNo, UsageError
-from memopt_models.checkpoint import QUANTIZATION, Checkpoint, snapshot
+from memopt_models.checkpoint import Checkpoint, snapshot
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure
 from memopt_models.norms import find_norms, fold_norms, unfold_norms
 from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 METHOD = "ste"
 FLOAT = 32  # bits of a layer that is left alone
@@ -41,27 +40,6 @@ class RoundSettings:
             known = STORED if name == "bits" else (*STORED, FLOAT)
             if bits not in known:
                 raise UsageError(f"{name} is {bits}", hint=f"one of {', '.join(map(str, known))}")
-
-
-class Grid(nn.Module):
-    """The nearest points of a grid, in training and after it: step * clamp(round(w / step), -2^(b-1), 2^(b-1) - 1).
-
-    Rounding passes the gradient straight through (Bengio et al. 2013, https://arxiv.org/abs/1308.3432); that of the
-    step is the one of Esser et al. 2020, eq. 3 (https://arxiv.org/abs/1902.08153), which follows from it. The step is
-    learned as its logarithm, not with the paper's gradient scale, which Adam would undo.
-    """
-
-    def __init__(self, log_step: nn.Parameter, bits: int) -> None:
-        super().__init__()
-        self.log_step = log_step  # () or (channels, 1, ...)
-        self.low, self.high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight on the grid."""
-        step = self.log_step.exp()
-        shares = weight / step
-        rounded = shares.round() + (shares - shares.detach())
-        return rounded.clamp(self.low, self.high) * step
 
 
 def round_weights(
@@ -118,17 +96,50 @@ def bits_of(module: nn.Module, how: RoundSettings) -> dict[str, int]:
     return chosen | {f"{name}.bias": _BIAS_BITS for name in biased if f"{name}.weight" in chosen}
 
 
+def grid(log_step: nn.Parameter, bits: int) -> nn.Module:
+    """What brings a tensor to the nearest points of a grid: step * clamp(round(w / step), -2^(b-1), 2^(b-1) - 1).
+
+    Rounding passes the gradient straight through (Bengio et al. 2013, https://arxiv.org/abs/1308.3432); that of the
+    step is the one of Esser et al. 2020, eq. 3 (https://arxiv.org/abs/1902.08153), which follows from it. The step is
+    learned as its logarithm, not with the paper's gradient scale, which Adam would undo.
+
+    Args:
+        log_step: () or (channels, 1, ...).
+        bits: of the grid.
+    """
+    from torch import nn
+
+    low, high = _ends(bits)
+
+    class Grid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log_step = log_step
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            step = self.log_step.exp()
+            shares = weight / step
+            rounded = shares.round() + (shares - shares.detach())  # in this order the integers are exact
+            return rounded.clamp(low, high) * step
+
+    return Grid()
+
+
 def attach(module: nn.Module, bits: Mapping[str, int], *, per_channel: bool) -> dict[str, nn.Parameter]:
     """Puts a Grid before each tensor; the logarithms of the steps by the tensor's name, one for all biases."""
+    from torch.nn.utils import parametrize
+
     steps = dict(_first_steps(module, bits, per_channel=per_channel))
     for name, log_step in steps.items():
         layer, _, tensor = name.rpartition(".")
-        parametrize.register_parametrization(module.get_submodule(layer), tensor, Grid(log_step, bits[name]))
+        parametrize.register_parametrization(module.get_submodule(layer), tensor, grid(log_step, bits[name]))
     return steps
 
 
 def detach(module: nn.Module, bits: Mapping[str, int]) -> None:
     """Takes the grids away; the tensors stay where they were rounded to."""
+    from torch.nn.utils import parametrize
+
     for name in bits:
         layer, _, tensor = name.rpartition(".")
         parametrize.remove_parametrizations(module.get_submodule(layer), tensor, leave_parametrized=True)
@@ -141,14 +152,25 @@ def best_steps(rows: torch.Tensor, bits: int) -> torch.Tensor:
         rows: (rows, values).
         bits: of the grid.
     """
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    widest = rows.abs().amax(1).clamp_min(2.0**-60) / max(high, 1)
+    import torch
+
+    low, high = _ends(bits)
+    widest = rows.abs().amax(1).clamp_min(2.0**-60) / high
     tried = [widest[:, None] * share for share in _SHARES]
     errors = [((rows / step).round().clamp(low, high) * step - rows).square().sum(1) for step in tried]
     return torch.cat(tried, 1).gather(1, torch.stack(errors, 1).argmin(1, keepdim=True)).squeeze(1)
 
 
-def _first_steps(module: nn.Module, bits: Mapping[str, int], *, per_channel: bool) -> Iterator[tuple[str, nn.Parameter]]:
+def _ends(bits: int) -> tuple[int, int]:
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def _first_steps(
+    module: nn.Module, bits: Mapping[str, int], *, per_channel: bool
+) -> Iterator[tuple[str, nn.Parameter]]:
+    import torch
+    from torch import nn
+
     biases = [name for name in bits if name.endswith(".bias")]
     for name in bits:
         if name not in biases:
@@ -163,4 +185,7 @@ def _first_steps(module: nn.Module, bits: Mapping[str, int], *, per_channel: boo
 
 
 def _is_rounded(layer: nn.Module) -> bool:
+    from torch import nn
+    from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
     return isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd))
