@@ -60,20 +60,25 @@ def store_integers(graph: Graph, checkpoint: Checkpoint, module: nn.Module) -> G
 
 
 def _places(model: onnx.ModelProto, wanted: dict[str, Array]) -> dict[str, tuple[str, bool]]:
-    """For each wanted tensor the initializer that holds it, found by its content, and whether that is transposed."""
+    """For each wanted tensor the initializer that holds it, found by its content, and whether that is transposed.
+
+    Equal tensors share an initializer, and zeros may have none: a bias of zeros adds nothing.
+    """
     from onnx import numpy_helper
 
     held = {}
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)
         held[array.dtype.str, array.shape, array.tobytes()] = tensor.name
-    places = {}
+    places: dict[str, tuple[str, bool]] = {}
     for name, array in wanted.items():
         forms = (array, np.ascontiguousarray(array.T)) if array.ndim == 2 else (array,)
         found = [held.get((form.dtype.str, form.shape, form.tobytes())) for form in forms]
-        if not any(found):
+        if not any(found) and array.any():
             raise InputRefused(f"the graph does not have {name!r} as it was trained, so it cannot be stored rounded")
-        places[name] = (found[0], False) if found[0] else (str(found[1]), True)
+        taken = {tensor for tensor, _ in places.values()}
+        new = [(tensor, turned) for turned, tensor in enumerate(found) if tensor and tensor not in taken]
+        places.update((name, (tensor, bool(turned))) for tensor, turned in new[:1])
     return places
 
 
