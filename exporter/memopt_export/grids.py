@@ -12,7 +12,7 @@ from memopt.tensors import Array
 from memopt_export.graph import Graph, set_nodes
 from memopt_export.opset import BLOCKWISE, at_least_opset
 from memopt_export.simplify import drop_unused_initializers, merge_equal_initializers
-from memopt_models.checkpoint import QUANTIZATION, Checkpoint
+from memopt_models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import onnx
@@ -23,22 +23,13 @@ if TYPE_CHECKING:
 _TWO_BITS = 25
 
 
-def folded_module(checkpoint: Checkpoint) -> nn.Module:
-    """The network as its weights were rounded: without the BatchNorm layers that went into convolutions."""
-    from memopt_models.norms import fold_norms
-
-    module = checkpoint.module()
-    fold_norms(module, checkpoint.quantization["norms"])
-    return module
-
-
 def store_integers(graph: Graph, checkpoint: Checkpoint, module: nn.Module) -> Graph:
     """The graph with integers of 2, 4 or 8 bits, each behind a DequantizeLinear; it computes the same, up to rounding.
 
     Args:
         graph: of `module`, in float32.
-        checkpoint: made by `memopt_models.ste.round_weights`.
-        module: see `folded_module`.
+        checkpoint: trained to be rounded by `memopt_models.ste`.
+        module: what `memopt_models.qat.deployed` makes of it.
 
     Raises:
         InputRefused: a tensor that was rounded is not in the graph.
@@ -49,7 +40,7 @@ def store_integers(graph: Graph, checkpoint: Checkpoint, module: nn.Module) -> G
     places = _places(model, {name: _array(module.get_parameter(name)) for name in bits})
     before: dict[str, onnx.NodeProto] = {}
     for name, (tensor, turned) in places.items():
-        step = _array(checkpoint.state[f"{QUANTIZATION}{name}"]).reshape(-1)
+        step = _array(checkpoint.scales[name]).reshape(-1)
         _replace(model, tensor, step, bits[name], axis=int(turned))
         before[tensor] = _dequantize(tensor, per_channel=len(step) > 1, axis=int(turned))
     set_nodes(model.graph, list(_with_dequantizers(model, before)))

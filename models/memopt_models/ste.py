@@ -3,97 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memopt.errors import AnswerIsNo, UsageError
 from memopt_models.checkpoint import Checkpoint, snapshot
-from memopt_models.dataset import DataSet
-from memopt_models.evaluate import measure
-from memopt_models.norms import find_norms, fold_norms, unfold_norms
-from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module
+from memopt_models.integer_kernels import argument, is_layer
+from memopt_models.pt2e import folded
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.fx import GraphModule
 
 METHOD = "ste"
+BITS = (2, 4, 8)  # of integers that ONNX can store
 FLOAT = 32  # bits of a layer that is left alone
-STORED = (2, 4, 8)  # bits of integers that ONNX can store
 _BIAS_BITS = 8
 # Steps that are tried for the first grid, as shares of the one that reaches the widest weight.
 _SHARES = tuple(percent / 100 for percent in range(10, 101, 2))
 
 
-@dataclass(frozen=True)
-class RoundSettings:
-    """Which weights are rounded, and how the network is trained meanwhile."""
+@dataclass(frozen=True, eq=False)
+class Gridded:
+    """A network whose weights pass a grid whenever they are read.
 
-    train: TrainSettings
-    bits: int = 4
-    layers: Mapping[str, int] = field(default_factory=dict)  # other bits by the layer's name; 32: it stays float
-    per_channel: bool = False  # a step for each output channel, 4 bytes each, instead of one for the layer
-    round_biases: bool = True  # to 8 bits, in steps that the whole network shares
+    Attributes:
+        module: see `pt2e.folded`.
+        bits: of each rounded tensor, by its name in the network.
+        log_steps: the logarithm of its step: () or (channels, 1, ...); all biases share one.
+    """
 
-    def __post_init__(self) -> None:
-        for name, bits in {"bits": self.bits, **self.layers}.items():
-            known = STORED if name == "bits" else (*STORED, FLOAT)
-            if bits not in known:
-                raise UsageError(f"{name} is {bits}", hint=f"one of {', '.join(map(str, known))}")
+    module: GraphModule
+    bits: dict[str, int]
+    log_steps: dict[str, nn.Parameter]
+
+    def state(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+        """The network's state with the weights as they were rounded; the grids are taken away."""
+        from torch.nn.utils import parametrize
+
+        for layer, tensor in map(_place, self.bits):
+            parametrize.remove_parametrizations(self.module.get_submodule(layer), tensor, leave_parametrized=True)
+        return checkpoint.module().state_dict() | snapshot(self.module)
+
+    def steps(self) -> dict[str, torch.Tensor]:
+        """The step of each rounded tensor, float32: () or (channels,)."""
+        return {name: log_step.detach().exp().squeeze().clone() for name, log_step in self.log_steps.items()}
 
 
-def round_weights(
-    checkpoint: Checkpoint, data: DataSet, how: RoundSettings, *, on_step: OnStep | None = None
-) -> Checkpoint:
-    """The checkpoint trained on with its weights rounded; what it holds afterwards stands exactly on the grid.
-
-    BatchNorm is folded into the convolutions first: in the result it only adds. The steps stand in the state, under
-    QUANTIZATION and the tensor's name, for the exporter.
+def gridded(
+    checkpoint: Checkpoint, bits: int, *, layers: Mapping[str, int], per_channel: bool, biases: bool
+) -> Gridded:
+    """The checkpoint's network with grids before the weights of its convolutions and linear layers.
 
     Args:
-        checkpoint: a trained network; stays as it is.
-        data: to train and to measure on.
-        how: bits, training.
-        on_step: called after every step.
+        checkpoint: what to train.
+        bits: one of BITS.
+        layers: other bits by the layer's name, FLOAT for none.
+        per_channel: whether each output channel has a step of its own, rather than the whole layer.
+        biases: whether biases are rounded to 8 bits, in steps that the whole network shares.
 
     Raises:
-        UsageError: `how.layers` names a layer that is not there.
-        InputRefused: the data does not fit the checkpoint, or its BatchNorm layers cannot be folded.
-        AnswerIsNo: there is no weight to round, or the training diverged.
+        UsageError: `layers` names a layer that is not there.
+        InputRefused: torch cannot trace the network.
+        AnswerIsNo: there is no weight to round.
     """
-    data = data_for(checkpoint, data)
-    module = checkpoint.module()
-    norms = find_norms(module)
-    fold_norms(module, norms)
-    bits = bits_of(module, how)
-    steps = attach(module, bits, per_channel=how.per_channel)
-    fit_module(module, data, how.train, cross_entropy, on_step, stage="qat")
-    detach(module, bits)
-    whole = checkpoint.module()
-    whole.load_state_dict(unfold_norms(snapshot(whole), snapshot(module), norms, module=whole))
-    return checkpoint.advance(
-        "qat",
-        whole,
-        settings=asdict(how) | describe(data),
-        metrics=measure(whole, data),
-        parents=(checkpoint.sha256,),
-        quantization={"method": METHOD, "bits": bits, "norms": norms},
-        tensors={name: step.detach().exp() for name, step in steps.items()},
-    )
+    from torch.nn.utils import parametrize
 
-
-def bits_of(module: nn.Module, how: RoundSettings) -> dict[str, int]:
-    """How many bits each tensor gets, by name: weights of convolutions and linear layers, and all their biases."""
-    layers = {name: layer for name, layer in module.named_modules() if _is_rounded(layer)}
-    for name in how.layers:
-        if name not in layers:
-            raise UsageError(f"no layer {name!r} has weights to round", hint=", ".join(layers))
-    bits = {f"{name}.weight": how.layers.get(name, how.bits) for name in layers}
-    chosen = {name: number for name, number in bits.items() if number != FLOAT}
-    if not chosen:
-        raise AnswerIsNo("no layer has weights to round: only convolutions and linear layers do")
-    biased = [name for name, layer in layers.items() if layer.bias is not None and how.round_biases]
-    return chosen | {f"{name}.bias": _BIAS_BITS for name in biased if f"{name}.weight" in chosen}
+    module = folded(checkpoint)
+    chosen = _bits(module, bits, layers, biases=biases)
+    log_steps = dict(_first_steps(module, chosen, per_channel=per_channel))
+    for name in chosen:
+        layer, tensor = _place(name)
+        made = grid(log_steps[name], chosen[name])
+        parametrize.register_parametrization(module.get_submodule(layer), tensor, made)
+    return Gridded(module, chosen, log_steps)
 
 
 def grid(log_step: nn.Parameter, bits: int) -> nn.Module:
@@ -125,26 +109,6 @@ def grid(log_step: nn.Parameter, bits: int) -> nn.Module:
     return Grid()
 
 
-def attach(module: nn.Module, bits: Mapping[str, int], *, per_channel: bool) -> dict[str, nn.Parameter]:
-    """Puts a Grid before each tensor; the logarithms of the steps by the tensor's name, one for all biases."""
-    from torch.nn.utils import parametrize
-
-    steps = dict(_first_steps(module, bits, per_channel=per_channel))
-    for name, log_step in steps.items():
-        layer, _, tensor = name.rpartition(".")
-        parametrize.register_parametrization(module.get_submodule(layer), tensor, grid(log_step, bits[name]))
-    return steps
-
-
-def detach(module: nn.Module, bits: Mapping[str, int]) -> None:
-    """Takes the grids away; the tensors stay where they were rounded to."""
-    from torch.nn.utils import parametrize
-
-    for name in bits:
-        layer, _, tensor = name.rpartition(".")
-        parametrize.remove_parametrizations(module.get_submodule(layer), tensor, leave_parametrized=True)
-
-
 def best_steps(rows: torch.Tensor, bits: int) -> torch.Tensor:
     """For each row the step with the least squared error, among shares of the one that reaches its widest value.
 
@@ -165,27 +129,43 @@ def _ends(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
+def _place(name: str) -> tuple[str, str]:
+    """The module that has a tensor, and what it calls it."""
+    module, _, tensor = name.rpartition(".")
+    return module, tensor
+
+
+def _bits(module: GraphModule, bits: int, layers: Mapping[str, int], *, biases: bool) -> dict[str, int]:
+    """How many bits each tensor gets, by name, as the graph comes to it."""
+    nodes = {_place(str(node.args[1].target))[0]: node for node in module.graph.nodes if is_layer(node)}
+    for name in layers:
+        if name not in nodes:
+            raise UsageError(f"no layer {name!r} has weights to round", hint=", ".join(nodes))
+    chosen: dict[str, int] = {}
+    for name, node in nodes.items():
+        number, bias = layers.get(name, bits), argument(node, 2)
+        if number != FLOAT:
+            chosen[str(node.args[1].target)] = number
+            chosen |= {str(bias.target): _BIAS_BITS} if biases and bias is not None else {}
+    if not chosen:
+        raise AnswerIsNo("no layer has weights to round: only convolutions and linear layers do")
+    return chosen
+
+
 def _first_steps(
-    module: nn.Module, bits: Mapping[str, int], *, per_channel: bool
+    module: GraphModule, bits: Mapping[str, int], *, per_channel: bool
 ) -> Iterator[tuple[str, nn.Parameter]]:
     import torch
     from torch import nn
 
-    biases = [name for name in bits if name.endswith(".bias")]
-    for name in bits:
-        if name not in biases:
-            weight = module.get_parameter(name).detach()
-            rows = weight.flatten(1) if per_channel else weight.reshape(1, -1)
-            shape = (-1, *[1] * (weight.ndim - 1)) if per_channel else ()
-            yield name, nn.Parameter(best_steps(rows, bits[name]).log().reshape(shape))
+    tensors = {name: module.get_parameter(name).detach() for name in bits}
+    biases = [name for name in bits if tensors[name].ndim == 1]
+    for name in bits.keys() - set(biases):
+        weight = tensors[name]
+        rows = weight.flatten(1) if per_channel else weight.reshape(1, -1)
+        shape = (-1, *[1] * (weight.ndim - 1)) if per_channel else ()
+        yield name, nn.Parameter(best_steps(rows, bits[name]).log().reshape(shape))
     if biases:
-        every = torch.cat([module.get_parameter(name).detach() for name in biases])
-        shared = nn.Parameter(best_steps(every[None], _BIAS_BITS).log().reshape(()))
+        every = torch.cat([tensors[name] for name in biases])[None]
+        shared = nn.Parameter(best_steps(every, _BIAS_BITS).log().reshape(()))
         yield from ((name, shared) for name in biases)
-
-
-def _is_rounded(layer: nn.Module) -> bool:
-    from torch import nn
-    from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-
-    return isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd))
