@@ -352,7 +352,7 @@ class Diagnosis:
 
 def export(
     source: str, data: str | None, output: Path, *, samples: int, network: str | None = None,
-    program: Path | None = None, data_root: Path | None = None, force: bool = False,
+    program: Path | None = None, compact: bool = False, data_root: Path | None = None, force: bool = False,
 ) -> SavedGraph:  # fmt: skip
     """A checkpoint, or the module that `pkg.mod:factory` makes, as ONNX."""
     from memopt_export import from_torch
@@ -364,7 +364,7 @@ def export(
     checkpoint = _checkpoint_of(source, network, data, data_root)
     spec = data or _data_of(checkpoint)
     found = open_samples(spec, split="validation", inputs=checkpoint.inputs, root=data_root, at_most=samples)
-    exported = from_torch.export(checkpoint, found.feeds[checkpoint.inputs[0].name])
+    exported = from_torch.export(checkpoint, found.feeds[checkpoint.inputs[0].name], compact=compact)
     save_graph(exported.graph, output, force=force)
     if program is not None:
         write_atomically(program, exported.program, force=force)
@@ -374,8 +374,11 @@ def export(
     )  # fmt: skip
 
 
-def simplify(model: Path, output: Path, *, external: bool = False, force: bool = False) -> SavedSimple:
+def simplify(
+    model: Path, output: Path, *, external: bool = False, compact: bool = False, force: bool = False
+) -> SavedSimple:
     """The same function in a file without what it does not need."""
+    from memopt_export import compact as compacting
     from memopt_export import simplify as simplifying
     from memopt_export.graph import load_graph, save_graph
 
@@ -383,7 +386,7 @@ def simplify(model: Path, output: Path, *, external: bool = False, force: bool =
     _refuse_own_input(output, [model])
     graph = load_graph(model)
     before = sum(file.stat().st_size for file in (model, model.with_name(model.name + ".data")) if file.is_file())
-    done = simplifying.simplify(graph)
+    done = compacting.compact(graph) if compact else simplifying.simplify(graph)
     save_graph(done, output, force=force, external=external)
     size = sum(file.stat().st_size for file in (output, output.with_name(output.name + ".data")) if file.is_file())
     return SavedSimple(

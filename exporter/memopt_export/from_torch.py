@@ -15,6 +15,7 @@ from memopt.errors import AnswerIsNo, InputRefused, first_line
 from memopt.strict_json import to_json
 from memopt.tensors import Array, TensorSpec, show_shape
 from memopt.torch_runtime import SPECS
+from memopt_export import compact as compacting
 from memopt_export import grids
 from memopt_export.graph import Graph, run_graph
 from memopt_export.simplify import simplify
@@ -58,12 +59,13 @@ class Exported:
     program: bytes
 
 
-def export(checkpoint: Checkpoint, samples: Array) -> Exported:
+def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False) -> Exported:
     """The checkpoint as an ONNX graph with a free batch dimension.
 
     Args:
         checkpoint: what to export.
         samples: real inputs, (samples, ...), at least two; parity is proved on them.
+        compact: whether the graph is brought to few bytes, see `compact.compact`.
 
     Raises:
         InputRefused: torch cannot export the network, or there are no samples.
@@ -88,6 +90,8 @@ def export(checkpoint: Checkpoint, samples: Array) -> Exported:
         graph = simplify(_to_graph(program, inputs[:2], checkpoint))
     if checkpoint.quantization.get("method") == ste.METHOD:
         graph = grids.store_integers(graph, checkpoint, module)
+    if compact:
+        graph = compacting.compact(graph)
     parity = prove_parity(graph, samples, expected.numpy())
     if not parity.holds:
         raise AnswerIsNo(f"the graph differs from torch by {parity.max_difference:.3g} on {parity.samples} samples")

@@ -135,8 +135,20 @@ def distill(
 @click.command(context_settings={"default_map": {"epochs": 3, "learning_rate": 1e-4}})
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @factory_option
-@click.option("--precision", default="int8", show_default=True, help="To which the weights are rounded: int8.")
-@click.option("--target", default="cpu", show_default=True, help="Who computes it: cpu (ONNX Runtime) or tensorrt.")
+@click.option(
+    "--precision",
+    default="int8",
+    show_default=True,
+    help="int8, or of weights alone int8-weights, int4-weights, int2-weights.",
+)
+@click.option("--target", default="cpu", show_default=True, help="Who computes int8: cpu (ONNX Runtime) or tensorrt.")
+@click.option(
+    "--layer-bits",
+    multiple=True,
+    metavar="NAME=BITS",
+    help="Of weights alone: 2, 4, 8, or 32 for float; may be repeated.",
+)
+@click.option("--per-channel", is_flag=True, help="Of weights alone: a step for each output channel, 4 bytes each.")
 @training_data_option
 @_training
 @output_option
@@ -144,18 +156,25 @@ def distill(
 @force_option
 @as_json_option
 def qat(
-    checkpoint: Path, network: str | None, precision: str, target: str, data: str, output: Path,
-    data_root: Path | None, force: bool, as_json: bool, **how: Any,
+    checkpoint: Path, network: str | None, precision: str, target: str, layer_bits: Sequence[str], per_channel: bool,
+    data: str, output: Path, data_root: Path | None, force: bool, as_json: bool, **how: Any,
 ) -> None:  # fmt: skip
-    """Train CHECKPOINT on, its weights and activations rounded as the deployed network rounds them.
+    """Train CHECKPOINT on, its weights and activations, or its weights alone, rounded as the deployed network is.
 
-    `memopt-export export` makes the rounded ONNX graph of the result: nothing is left to quantize.
+    `memopt-export export` makes the rounded ONNX graph of the result: nothing is left to quantize. Weights of few bits
+    make the smallest files (export --compact), which are floats again in memory; int8 is small there too.
     """
     from memopt_export import console, training_commands
     from memopt_models.qat import QatSettings
     from memopt_models.train import TrainSettings
 
-    asked = QatSettings(TrainSettings(**how), precision=precision, target=target)
+    asked = QatSettings(
+        TrainSettings(**how),
+        precision=precision,
+        target=target,
+        layer_bits=read_settings(layer_bits),
+        per_channel=per_channel,
+    )
     with console.training() as on_step:
         saved = training_commands.qat(
             checkpoint, data, asked, output, network=network, data_root=data_root, force=force, on_step=on_step
