@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from memopt_models.best_weights import BestWeights
 from memopt_models.checkpoint import Checkpoint, snapshot
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure, score
+from memopt_models.recompute import recomputed
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 AUTO = 0  # of a number: what the data and the limits allow
 PRECISIONS = ("fp32", "bf16", "fp16")
+CHECKPOINTING = ("off", "blocks")
 DEVICES = ("cpu", "cuda", "auto")
 _DEFAULT_BATCH, _LEAST_STEPS = 64, 8  # of `batch_size` AUTO: so many samples, unless an epoch had fewer steps than that
 _EVALUATED_AT_ONCE = 256
@@ -49,6 +51,7 @@ class TrainSettings:
     momentum: float = 0.9  # of "sgd"
     precision: str = "fp32"  # in which layers compute; weights, gradients and the optimizer's state stay float32
     accumulate: int = AUTO  # parts of a batch whose gradients are summed before the step; AUTO: 1
+    checkpointing: str = "off"  # or "blocks": activations inside blocks are computed again instead of held
     channels_last: bool = False  # how tensors lie in memory
     device: str = "cpu"  # or "cuda", or "auto": cuda where there is one
 
@@ -67,7 +70,8 @@ class TrainSettings:
         if not 0 <= self.momentum < 1:
             raise UsageError(f"momentum is {self.momentum}, it lies between 0 and 1")
         tables = (
-            ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS), ("device", DEVICES),
+            ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS),
+            ("checkpointing", CHECKPOINTING), ("device", DEVICES),
         )  # fmt: skip
         for name, table in tables:
             if getattr(self, name) not in table:
@@ -344,7 +348,7 @@ def _begin_training(module: nn.Module, how: TrainSettings, *, steps: int) -> Ite
     scheduler = SCHEDULES[how.schedule](optimizer, how, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=how.precision == "fp16")
     rng = np.random.default_rng(how.seed)
-    with BestWeights() as best:
+    with BestWeights() as best, recomputed(module) if how.checkpointing == "blocks" else nullcontext():
         yield Training(module, how, device, optimizer, scheduler, scaler, rng, best)
     module.zero_grad(set_to_none=True)
     module.to(memory_format=torch.contiguous_format)
