@@ -20,6 +20,7 @@ from memopt_models.best_weights import BestWeights
 from memopt_models.checkpoint import Checkpoint, snapshot
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure, score
+from memopt_models.out_of_memory import limited
 from memopt_models.recompute import recomputed
 
 if TYPE_CHECKING:
@@ -50,10 +51,12 @@ class TrainSettings:
     weight_decay: float = 0.0
     momentum: float = 0.9  # of "sgd"
     precision: str = "fp32"  # in which layers compute; weights, gradients and the optimizer's state stay float32
-    accumulate: int = AUTO  # parts of a batch whose gradients are summed before the step; AUTO: 1
+    accumulate: int = AUTO  # parts of a batch whose gradients are summed before the step; AUTO: as few as limits allow
     checkpointing: str = "off"  # or "blocks": activations inside blocks are computed again instead of held
     channels_last: bool = False  # how tensors lie in memory
     device: str = "cpu"  # or "cuda", or "auto": cuda where there is one
+    max_memory_bytes: int | None = None  # of the whole process, which is held to it; None: no limit
+    max_device_memory_bytes: int | None = None  # of what torch allocates on a GPU
 
     def __post_init__(self) -> None:
         leasts = (
@@ -76,6 +79,10 @@ class TrainSettings:
         for name, table in tables:
             if getattr(self, name) not in table:
                 raise UsageError(f"{name} {getattr(self, name)!r} is not known", hint=", ".join(table))
+        for name in ("max_memory_bytes", "max_device_memory_bytes"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise UsageError(f"{name} is {limit}, a positive number is needed")
         if self.batch_size and self.accumulate > self.batch_size:
             raise UsageError(
                 f"accumulate is {self.accumulate}, a batch of {self.batch_size} has not so many parts",
@@ -91,6 +98,11 @@ class TrainSettings:
         small = 2 ** int(math.log2(max(samples // _LEAST_STEPS, 1)))
         batch = self.batch_size or min(_DEFAULT_BATCH, small)
         return replace(self, batch_size=batch, accumulate=self.accumulate or 1)
+
+    @property
+    def has_limit(self) -> bool:
+        """Whether memory of any kind is limited."""
+        return self.max_memory_bytes is not None or self.max_device_memory_bytes is not None
 
     @property
     def micro_batch(self) -> int:
@@ -111,6 +123,7 @@ class Progress:
     validation_top1: float | None = None  # 0 to 1
     peak_bytes: int | None = None  # highest RSS of the process in this epoch
     peak_device_bytes: int | None = None  # the same of what torch has allocated on a GPU
+    note: str = ""  # what a person should know, instead of a step; one that ends in "…" is what is being done
 
 
 OnStep = Callable[[Progress], None]
@@ -140,12 +153,17 @@ def train(
         UsageError: no such network, or `start` is another one.
         InputRefused: `start` does not fit the data.
         AnswerIsNo: the training diverged.
+        OutOfResource: it does not fit into the limits.
     """
+    from memopt_models.training_memory import Ledger, settle  # which are built on what is here
+    from memopt_models.training_probe import Subject
+
     first = begin(network, settings, data, how, start=start)
-    data = data_for(first, data)
-    module = first.module()
-    fit_module(module, data, how, cross_entropy, on_step, stage="train")
-    used = {"network": network, "settings": first.settings, **asdict(how), **describe(data)}
+    data, ledger = data_for(first, data), Ledger(on_step)
+    how = settle(Subject(first), data, how, ledger, stage="train")
+    module, first = first.module(), replace(first, state={})  # the module has it now
+    fit_module(module, data, how, cross_entropy, ledger, stage="train")
+    used = {"network": network, "settings": first.settings, **asdict(how), **describe(data), "memory": ledger.memory}
     parents = () if start is None else (start.sha256,)
     return first.advance("train", module, settings=used, metrics=measure(module, data), parents=parents)
 
@@ -232,6 +250,7 @@ def fit_module(
     Raises:
         AnswerIsNo: the loss is no longer finite.
         BackendError: there is no such device.
+        OutOfResource: there is not enough memory, or the limits would be passed.
     """
     report = on_step or _ignore
     how = how.settled(len(data.train))
@@ -239,6 +258,8 @@ def fit_module(
     with ExitStack() as stack:
         stack.enter_context(_seeded(how.seed))  # for dropout and its like
         stack.enter_context(_threads(how.threads))
+        device, limits = find_device(how.device), (how.max_memory_bytes, how.max_device_memory_bytes)
+        stack.enter_context(limited(device, host_bytes=limits[0], device_bytes=limits[1]))
         meter = stack.enter_context(PeakMeter())
         training = stack.enter_context(_begin_training(module, how, steps=how.epochs * steps))
         while training.epoch < how.epochs:
