@@ -15,9 +15,12 @@ from memopt.errors import AnswerIsNo, InputRefused, first_line
 from memopt.strict_json import to_json
 from memopt.tensors import Array, TensorSpec, show_shape
 from memopt.torch_runtime import SPECS
+from memopt_export import grids
 from memopt_export.graph import Graph, run_graph
 from memopt_export.simplify import simplify
+from memopt_models import ste
 from memopt_models.checkpoint import Checkpoint
+from memopt_models.qat import deployed
 from memopt_models.trace import quiet, trace
 
 if TYPE_CHECKING:
@@ -70,7 +73,7 @@ def export(checkpoint: Checkpoint, samples: Array) -> Exported:
 
     if len(samples) < 2:
         raise InputRefused("parity is proved on at least two samples", hint="--data SPEC")
-    module = checkpoint.module()
+    module = deployed(checkpoint)
     inputs = torch.from_numpy(np.ascontiguousarray(samples))
     try:
         with torch.inference_mode():
@@ -83,6 +86,8 @@ def export(checkpoint: Checkpoint, samples: Array) -> Exported:
     with quiet():
         program = trace(module, inputs[:2], checkpoint.network)
         graph = simplify(_to_graph(program, inputs[:2], checkpoint))
+    if checkpoint.quantization.get("method") == ste.METHOD:
+        graph = grids.store_integers(graph, checkpoint, module)
     parity = prove_parity(graph, samples, expected.numpy())
     if not parity.holds:
         raise AnswerIsNo(f"the graph differs from torch by {parity.max_difference:.3g} on {parity.samples} samples")

@@ -48,6 +48,7 @@ class Graph:
     weights_sha256: str
     precision: str = "fp32"
     quantization: Provenance | None = None  # what quantized it, where that is known
+    has_card: bool = True  # whether the file says the above; it takes some 130 bytes
 
     @cached_property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -62,7 +63,7 @@ class Graph:
 
     @cached_property
     def data(self) -> bytes:
-        """The serialized model, our metadata entry included; equal graphs give equal bytes."""
+        """The serialized model, with our metadata entry where it has one; equal graphs give equal bytes."""
         model = self.copy_model()
         self._write_card(model)
         return bytes(model.SerializeToString(deterministic=True))
@@ -74,6 +75,8 @@ class Graph:
 
     def _write_card(self, model: onnx.ModelProto) -> None:
         del model.metadata_props[:]
+        if not self.has_card:
+            return
         entry = model.metadata_props.add()
         entry.key = METADATA_KEY
         entry.value = json.dumps(self._card(), sort_keys=True)

@@ -80,8 +80,7 @@ def rounded(checkpoint: Checkpoint, target: str) -> Rounded:
         InputRefused: torch cannot trace the network.
         AnswerIsNo: it has no layer that an integer kernel could compute.
     """
-    module = _trace(checkpoint)
-    _fold_batch_norms(module)
+    module = folded(checkpoint)
     others = checkpoint.module().state_dict() | snapshot(module)
     if not any(is_layer(node) for node in module.graph.nodes):
         raise AnswerIsNo(f"{checkpoint.network} has no convolution or linear layer that int8 could serve")
@@ -90,6 +89,20 @@ def rounded(checkpoint: Checkpoint, target: str) -> Rounded:
     activations = _name_activations(prepared, weights.values())
     _make_switchable(prepared, activations.values())
     return Rounded(prepared, weights, activations, others)
+
+
+def folded(checkpoint: Checkpoint) -> GraphModule:
+    """The network as a graph in which BatchNorms have gone into the convolutions before them, in evaluation mode.
+
+    Its parameters have the network's own names; see `_fold_batch_norms`.
+
+    Raises:
+        InputRefused: torch cannot trace the network.
+    """
+    module = _trace(checkpoint)
+    _fold_batch_norms(module)
+    _make_switchable(module, ())
+    return module
 
 
 def restored(checkpoint: Checkpoint) -> Rounded:

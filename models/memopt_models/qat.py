@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from memopt.errors import InputRefused, UsageError
-from memopt_models import pt2e
+from memopt_models import pt2e, ste
 from memopt_models.checkpoint import QUANTIZATION, Checkpoint
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure
@@ -24,12 +25,22 @@ class QatSettings:
 
     train: TrainSettings
     precision: str = "int8"
-    target: str = "cpu"  # who computes it: "cpu" (ONNX Runtime) or "tensorrt"
+    target: str = "cpu"  # who computes int8: "cpu" (ONNX Runtime) or "tensorrt"
+    # Of weights alone:
+    layer_bits: Mapping[str, int] = field(default_factory=dict)  # other bits by the layer's name; 32: it stays float
+    per_channel: bool = False  # a step for each output channel, 4 bytes each, instead of one for the layer
+    round_biases: bool = True  # to 8 bits, in steps that the whole network shares
 
     def __post_init__(self) -> None:
         for name, table in (("precision", METHODS), ("target", PLACES)):
             if getattr(self, name) not in table:
                 raise UsageError(f"{name} {getattr(self, name)!r} is not known", hint=", ".join(table))
+        for name, bits in self.layer_bits.items():
+            if bits not in (*ste.BITS, ste.FLOAT):
+                known = ", ".join(map(str, (*ste.BITS, ste.FLOAT)))
+                raise UsageError(f"layer {name!r} shall have {bits} bits", hint=f"one of {known}")
+        if self.precision == "int8" and (self.layer_bits or self.per_channel):
+            raise UsageError("bits and steps are chosen for weights alone", hint="--precision int4-weights")
 
 
 def train_rounded(
@@ -89,7 +100,23 @@ def _train_int8(checkpoint: Checkpoint, data: DataSet, how: QatSettings, on_step
     )
 
 
+def _train_weights(
+    bits: int, checkpoint: Checkpoint, data: DataSet, how: QatSettings, on_step: OnStep | None
+) -> Checkpoint:
+    made = ste.gridded(
+        checkpoint, bits, layers=how.layer_bits, per_channel=how.per_channel, biases=how.round_biases
+    )  # fmt: skip
+    fit_module(made.module, data, how.train, cross_entropy, on_step, stage="qat")
+    steps = {f"{QUANTIZATION}{name}": step for name, step in made.steps().items()}
+    return replace(
+        checkpoint, state=made.state(checkpoint) | steps, quantization={"method": ste.METHOD, "bits": made.bits}
+    )
+
+
 # By precision: what trains a checkpoint, and returns it with weights, scales and `quantization`; the rest is as before.
-METHODS: dict[str, Callable[[Checkpoint, DataSet, QatSettings, OnStep | None], Checkpoint]] = {"int8": _train_int8}
+METHODS: dict[str, Callable[[Checkpoint, DataSet, QatSettings, OnStep | None], Checkpoint]] = {
+    "int8": _train_int8,
+    **{f"int{bits}-weights": partial(_train_weights, bits) for bits in ste.BITS},
+}
 # By method of rounding: the network of such a checkpoint that is exported.
-DEPLOYED: dict[str, Callable[[Checkpoint], nn.Module]] = {"pt2e": pt2e.converted}
+DEPLOYED: dict[str, Callable[[Checkpoint], nn.Module]] = {"pt2e": pt2e.converted, ste.METHOD: pt2e.folded}
