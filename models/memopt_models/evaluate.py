@@ -21,17 +21,18 @@ def predict(module: nn.Module, inputs: Array, *, batch_size: int = 256) -> Array
     """Logits, (samples, classes), float32, in evaluation mode; the module's mode is left as it was.
 
     Args:
-        module: the network.
+        module: the network, on any device.
         inputs: prepared samples, (samples, channels, height, width).
         batch_size: samples in memory at a time; the logits do not depend on it beyond rounding.
     """
     import torch
 
     was_training = module.training
+    device = next(module.parameters(), torch.empty(0)).device
     module.eval()
     with torch.inference_mode():
         parts = [
-            module(torch.from_numpy(inputs[start : start + batch_size])).numpy()
+            module(torch.from_numpy(inputs[start : start + batch_size]).to(device)).float().cpu().numpy()
             for start in range(0, len(inputs), batch_size)
         ]
     module.train(was_training)

@@ -8,7 +8,7 @@ that of MobileNetV3 or EfficientNet is not, and divides by a scale that may be z
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -218,8 +218,8 @@ def _prepare(module: GraphModule, target: str) -> GraphModule:
             specs = _Specs(places, target)
             for node in model.graph.nodes:
                 inputs = {tensor: specs.of(tensor) for tensor, reader in places.reads if reader is node}
-                if is_layer(node):  # torchao wants the input before the weight
-                    inputs[node.args[1]] = specs.weight
+                if is_layer(node):
+                    inputs |= specs.stored(node)
                 output = specs.of(node) if node in places.written else None
                 if inputs or output:
                     node.meta["quantization_annotation"] = QuantizationAnnotation(inputs, output, _annotated=True)
@@ -245,11 +245,25 @@ class _Specs:
         from torchao.quantization.pt2e.quantizer import SharedQuantizationSpec
 
         origin = self.places.origins.get(tensor)
-        if origin is None:
-            return self._activation
-        if origin in self.places.written:
-            return SharedQuantizationSpec(origin)
-        return SharedQuantizationSpec(next(edge for edge in self.places.reads if edge[0] is origin))
+        return self._activation if origin is None else SharedQuantizationSpec(self._first(origin))
+
+    def stored(self, layer: Node) -> dict[Node, Any]:
+        """Of a layer's weight; and of its bias where kernels add it in int32, to products of inputs and weights."""
+        import torch
+        from torchao.quantization.pt2e.quantizer import DerivedQuantizationSpec
+
+        weight, bias = argument(layer, 1), argument(layer, 2)
+        if self.target != "cpu" or bias is None:
+            return {weight: self._weight}
+        int32 = DerivedQuantizationSpec(
+            [self._first(argument(layer, 0)), (weight, layer)], _product, torch.int32,
+            quant_min=-(2**31), quant_max=2**31 - 1, qscheme=torch.per_channel_symmetric, ch_axis=0,
+        )  # fmt: skip
+        return {weight: self._weight, bias: int32}
+
+    def _first(self, tensor: Node) -> Any:
+        """Where a quantized tensor is quantized first, as torchao names it: where it is written, or where it is read."""
+        return tensor if tensor in self.places.written else next(e for e in self.places.reads if e[0] is tensor)
 
     @property
     def _activation(self) -> Any:
@@ -265,13 +279,19 @@ class _Specs:
         )
 
     @property
-    def weight(self) -> Any:
+    def _weight(self) -> Any:
         """Symmetric int8 for each output channel, as wide as its weights are at this moment."""
         import torch
         from torchao.quantization.pt2e import FakeQuantize, MovingAveragePerChannelMinMaxObserver
 
         observer = MovingAveragePerChannelMinMaxObserver.with_args(averaging_constant=1.0, eps=_SMALLEST_STEP)
         return _spec(torch.int8, torch.per_channel_symmetric, FakeQuantize.with_args(observer=observer))
+
+
+def _product(fakes: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The steps of a bias, (channels,), and their zero points, from the fake quantizers of input and weight."""
+    (scale, _), (scales, zero_points) = (fake.calculate_qparams() for fake in fakes)
+    return scale * scales, zero_points
 
 
 def _spec(dtype: torch.dtype, scheme: torch.qscheme, fake: Any) -> Any:
@@ -292,7 +312,7 @@ def _name_activations(prepared: GraphModule, weights: Iterable[Any]) -> dict[str
         elif node.op == "call_function":
             named[node] = f"{operation(node)}.{counts[operation(node)]}"
             counts[operation(node)] += 1
-        elif node.op == "call_module" and id(fake := _fake(prepared, node)) not in seen:
+        elif node.op == "call_module" and argument(node, 0) in named and id(fake := _fake(prepared, node)) not in seen:
             seen.add(id(fake))
             found[named[argument(node, 0)]] = fake
     return found
@@ -331,7 +351,8 @@ def _is_range(tensor: torch.Tensor) -> bool:
 def _set_range(fake: Any, low: torch.Tensor, high: torch.Tensor) -> None:
     """Makes the fake quantizer as wide as that, once and for all."""
     fake.activation_post_process.min_val, fake.activation_post_process.max_val = low, high
-    fake.scale, fake.zero_point = fake.calculate_qparams()
+    scale, zero_point = fake.calculate_qparams()
+    fake.scale, fake.zero_point = scale, zero_point.to(fake.zero_point.dtype)
     fake.disable_observer()
 
 
@@ -339,8 +360,10 @@ def _weight_bounds(prepared: GraphModule, layer: Any) -> tuple[torch.Tensor, tor
     """The ends of each channel's weights, widened where its bias would overflow int32, the weights being near zero."""
     weight = prepared.get_parameter(layer.args[1].args[0].target)
     largest = weight.detach().abs().flatten(1).amax(dim=1)
-    if argument(layer, 2) is not None:
-        bias = prepared.get_parameter(layer.args[2].target).detach()
+    stored = argument(layer, 2)
+    if stored is not None:
+        name = stored.target if is_stored(stored) else argument(stored, 0).target
+        bias = prepared.get_parameter(name).detach()
         step = bias.abs() / (_fake(prepared, layer.args[0]).scale * _LARGEST_BIAS)  # of the weights, at least
         largest = largest.maximum(step * _LARGEST_WEIGHT)
     return -largest, largest
