@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import logging
 import math
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,12 +18,12 @@ from memopt.torch_runtime import SPECS
 from memopt_export.graph import Graph, run_graph
 from memopt_export.simplify import simplify
 from memopt_models.checkpoint import Checkpoint
+from memopt_models.trace import quiet, trace
 
 if TYPE_CHECKING:
     import torch
 
 OPSET = 21
-LARGEST_BATCH = 2**16
 PARITY_SAMPLES = 64  # as many as prove parity, unless told otherwise
 # Two float32 programs for the same network differ by rounding; ten times what is seen on our networks.
 RELATIVE_TOLERANCE = 1e-4
@@ -83,8 +80,8 @@ def export(checkpoint: Checkpoint, samples: Array) -> Exported:
         raise InputRefused(f"{checkpoint.network} cannot run on {shape}: {first_line(error)}") from error
     if not isinstance(expected, torch.Tensor):
         raise InputRefused(f"{checkpoint.network} returns {type(expected).__name__}, one tensor is expected")
-    with _quiet():
-        program = _export_program(module, inputs[:2], checkpoint.network)
+    with quiet():
+        program = trace(module, inputs[:2], checkpoint.network)
         graph = simplify(_to_graph(program, inputs[:2], checkpoint))
     parity = prove_parity(graph, samples, expected.numpy())
     if not parity.holds:
@@ -101,16 +98,6 @@ def prove_parity(graph: Graph, samples: Array, expected: Array) -> Parity:
         largest_output=float(np.abs(expected).max()),
         agreement=agreement(got, expected) if got.ndim == 2 else None,
     )
-
-
-def _export_program(module: torch.nn.Module, example: torch.Tensor, network: str) -> torch.export.ExportedProgram:
-    import torch
-
-    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
-    try:
-        return torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise InputRefused(f"torch.export cannot trace {network}: {first_line(error)}") from error
 
 
 def _to_graph(program: torch.export.ExportedProgram, example: torch.Tensor, checkpoint: Checkpoint) -> Graph:
@@ -153,19 +140,3 @@ def _serialize(program: torch.export.ExportedProgram, graph: Graph) -> bytes:
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={SPECS: to_json(specs)})
     return buffer.getvalue()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporter's own log lines and deprecation warnings off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

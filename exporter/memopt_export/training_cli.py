@@ -1,4 +1,4 @@
-"""The commands that make checkpoints: train, prune, distill."""
+"""The commands that make checkpoints: train, prune, distill, qat."""
 
 from __future__ import annotations
 
@@ -132,4 +132,35 @@ def distill(
     console.show(saved, as_json=as_json)
 
 
-COMMANDS = (train, prune, distill)
+@click.command(context_settings={"default_map": {"epochs": 3, "learning_rate": 1e-4}})
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@factory_option
+@click.option("--precision", default="int8", show_default=True, help="To which the weights are rounded: int8.")
+@click.option("--target", default="cpu", show_default=True, help="Who computes it: cpu (ONNX Runtime) or tensorrt.")
+@training_data_option
+@_training
+@output_option
+@data_root_option
+@force_option
+@as_json_option
+def qat(
+    checkpoint: Path, network: str | None, precision: str, target: str, data: str, output: Path,
+    data_root: Path | None, force: bool, as_json: bool, **how: Any,
+) -> None:  # fmt: skip
+    """Train CHECKPOINT on, its weights and activations rounded as the deployed network rounds them.
+
+    `memopt-export export` makes the rounded ONNX graph of the result: nothing is left to quantize.
+    """
+    from memopt_export import console, training_commands
+    from memopt_models.qat import QatSettings
+    from memopt_models.train import TrainSettings
+
+    asked = QatSettings(TrainSettings(**how), precision=precision, target=target)
+    with console.training() as on_step:
+        saved = training_commands.qat(
+            checkpoint, data, asked, output, network=network, data_root=data_root, force=force, on_step=on_step
+        )  # fmt: skip
+    console.show(saved, as_json=as_json)
+
+
+COMMANDS = (train, prune, distill, qat)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from memopt_models.checkpoint import Checkpoint
     from memopt_models.distill import DistillSettings
     from memopt_models.prune import PruneSettings
+    from memopt_models.qat import QatSettings
     from memopt_models.train import OnStep, TrainSettings
 
 
@@ -75,6 +76,21 @@ def distill(
     name = start.network if start is not None else student
     opened, teaching = open_data(data, root=data_root), load_checkpoint(teacher, network=network)
     made = distilling.distill(teaching, name, settings, opened, how, start=start, on_step=on_step)
+    return _save_checkpoint(made, output, force)
+
+
+def qat(
+    checkpoint: Path, data: str, how: QatSettings, output: Path, *, network: str | None = None,
+    data_root: Path | None = None, force: bool = False, on_step: OnStep | None = None,
+) -> SavedCheckpoint:  # fmt: skip
+    """A checkpoint whose weights are trained to be rounded."""
+    from memopt_models import qat as rounding
+    from memopt_models.checkpoint import load_checkpoint
+    from memopt_models.data import open_data
+
+    refuse_to_overwrite(output, force=force)
+    begin = load_checkpoint(checkpoint, network=network)
+    made = rounding.train_rounded(begin, open_data(data, root=data_root), how, on_step=on_step)
     return _save_checkpoint(made, output, force)
 
 

@@ -78,6 +78,15 @@ class Checkpoint:
         """Number of learned weights; running statistics are none."""
         return count_parameters(self.module())
 
+    @property
+    def scales(self) -> dict[str, torch.Tensor]:
+        """The tensors that `quantization` needs, by their names without the prefix."""
+        return {
+            name.removeprefix(QUANTIZATION): tensor
+            for name, tensor in self.state.items()
+            if name.startswith(QUANTIZATION)
+        }
+
     def module(self) -> nn.Module:
         """The network with these weights, in evaluation mode; pruned layers get the shapes of their weights.
 
@@ -105,10 +114,16 @@ class Checkpoint:
         settings: Mapping[str, Any],
         metrics: Mapping[str, float],
         parents: Sequence[str] = (),
+        quantization: Mapping[str, Any] | None = None,
+        scales: Mapping[str, torch.Tensor] | None = None,
     ) -> Checkpoint:
-        """The checkpoint after a stage: the module's weights, the lineage one step longer, other metrics."""
+        """The checkpoint after a stage: the module's weights, the lineage one step longer, other metrics.
+
+        `quantization` and the tensors that go with it, `scales`, are new too: None after a stage that trained floats.
+        """
         counted = {**metrics, "parameters": float(count_parameters(module))}
-        advanced = replace(self, state=snapshot(module), metrics=counted, quantization={})
+        state = snapshot(module) | {f"{QUANTIZATION}{name}": tensor for name, tensor in (scales or {}).items()}
+        advanced = replace(self, state=state, metrics=counted, quantization=dict(quantization or {}))
         step = Stage(stage, advanced.sha256, tuple(parents), to_plain(dict(settings)))
         return replace(advanced, lineage=(*self.lineage, step))
 
