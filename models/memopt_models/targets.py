@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -111,21 +110,6 @@ def search(attempt: Callable[[float], Trial], *, before: int, limit: int, target
         least = target.show(trial.cost)
         raise AnswerIsNo(f"the target is {target.show(limit)}; the least that can be reached is {least}")
     return best
-
-
-def parse_amount(text: str) -> float:
-    """A share or a number with an optional k, M or G.
-
-    Raises:
-        UsageError: neither.
-
-    >>> parse_amount("0.5"), parse_amount("1.2M"), parse_amount("300000")
-    (0.5, 1200000.0, 300000.0)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)\s*", text)
-    if match is None or not float(match[1]):
-        raise UsageError(f"{text!r} is neither a share nor a number", hint="0.5, 300k, 1.2M or 2G")
-    return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]]
 
 
 def _one(checkpoint: Checkpoint) -> tuple[int, ...]:
