@@ -98,6 +98,20 @@ def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False) -> 
     return Exported(graph, parity, _serialize(program, graph))
 
 
+def draft(checkpoint: Checkpoint) -> Graph:
+    """The checkpoint as a graph whose outputs nobody has compared with torch's: for plans, not to be run.
+
+    Raises:
+        InputRefused: torch cannot export the network.
+    """
+    import torch
+
+    example = torch.zeros(checkpoint.inputs[0].at_batch(2))
+    with quiet():
+        program = trace(checkpoint.module(), example, checkpoint.network)
+        return simplify(_to_graph(program, example, checkpoint))
+
+
 def prove_parity(graph: Graph, samples: Array, expected: Array) -> Parity:
     """The graph's outputs in ONNX Runtime, unoptimized, against torch's."""
     (got,) = run_graph(graph, {graph.inputs[0].name: samples}, optimized=False)

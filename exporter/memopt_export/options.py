@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from memopt.errors import UsageError
-from memopt.sizes import parse_size
+from memopt.sizes import parse_amount, parse_size
 from memopt_export.recipe import PRECISIONS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -89,6 +90,32 @@ class Size(click.ParamType[int]):
         """Bytes."""
         try:
             return parse_size(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Amount(click.ParamType[float]):
+    """A share below 1, or a number: 0.5, 300k, 1.2M."""
+
+    name = "amount"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share or the number."""
+        try:
+            return parse_amount(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Memory(click.ParamType[float]):
+    """A share below 1, or a size in bytes with its unit: 0.5, 24MiB."""
+
+    name = "memory"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share, or bytes."""
+        try:
+            return float(value) if re.fullmatch(r"0?\.\d+", str(value)) else parse_size(value)
         except UsageError as error:
             self.fail(str(error), param, ctx)
 
