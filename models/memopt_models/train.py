@@ -12,13 +12,13 @@ import numpy as np
 
 from memopt.errors import AnswerIsNo, InputRefused, UsageError
 from memopt.memory import read_host_memory
-from memopt.preprocess import prepare
 from memopt.strict_json import to_plain
 from memopt.tensors import Array, show_shape
 from memopt_models import networks
 from memopt_models.checkpoint import Checkpoint, snapshot
 from memopt_models.dataset import DataSet
-from memopt_models.evaluate import measure, score
+from memopt_models.evaluate import device_of, measure, score
+from memopt_models.feed import Feeder
 
 if TYPE_CHECKING:
     import torch
@@ -195,26 +195,6 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, inputs: torch.Tens
     return functional.cross_entropy(logits, labels)
 
 
-def shift_pictures(images: Array, distance: int, rng: np.random.Generator) -> Array:
-    """Each picture moved by up to `distance` pixels up, down, left or right; the edge pixels fill what comes in.
-
-    Args:
-        images: (n, height, width, channels).
-        distance: pixels; 0 gives the pictures as they are.
-        rng: draws the moves.
-    """
-    if distance == 0:
-        return images
-    n, height, width, _ = images.shape
-    margin = (distance, distance)
-    padded = np.pad(images, ((0, 0), margin, margin, (0, 0)), mode="edge")
-    down, right = rng.integers(0, 2 * distance + 1, (2, n))
-    rows = (down[:, None] + np.arange(height))[:, :, None]  # (n, height, 1)
-    columns = (right[:, None] + np.arange(width))[:, None, :]  # (n, 1, width)
-    moved: Array = padded[np.arange(n)[:, None, None], rows, columns]
-    return moved
-
-
 def _adam(module: nn.Module, how: TrainSettings) -> torch.optim.Optimizer:
     import torch
 
@@ -247,15 +227,13 @@ def _stepper(
     module: nn.Module, data: DataSet, how: TrainSettings, loss_function: Loss, *, rng: np.random.Generator, steps: int
 ) -> Callable[[Array], float]:
     """A function that takes one optimizer step on these rows of the train split and returns the loss."""
-    import torch
-
     optimizer = OPTIMIZERS[how.optimizer](module, how)
     scheduler = SCHEDULES[how.schedule](optimizer, how, steps)
+    feeder = Feeder(data.train, data.preprocess, batch_size=how.batch_size, device=device_of(module), shift=how.shift)
 
     def take_step(rows: Array) -> float:
-        batch = data.train.pick(np.sort(rows))  # sorted: a mapped file is read from front to back
-        inputs = torch.from_numpy(prepare(shift_pictures(batch.images, how.shift, rng), data.preprocess))
-        loss = loss_function(module(inputs), torch.from_numpy(batch.labels), inputs)
+        inputs, labels = feeder.batch(np.sort(rows), rng)  # sorted: a mapped file is read from front to back
+        loss = loss_function(module(inputs), labels, inputs)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimizer.step()
