@@ -1,4 +1,4 @@
-"""Pictures with classes, divided into train, validation and test; uint8 until a batch of them is prepared."""
+"""Samples with classes, divided into train, validation and test; pictures are uint8 until a batch is prepared."""
 
 from __future__ import annotations
 
@@ -13,34 +13,43 @@ from memopt.errors import InputRefused
 from memopt.strict_json import to_json
 from memopt.tensors import Array, TensorSpec
 from memopt_models.digest import digest_arrays
+from memopt_models.selection import Selection
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Pictures and their classes."""
+    """Samples and their classes: pictures, or what a network takes as it is."""
 
-    images: Array  # uint8 (n, height, width, channels)
+    images: Array | Selection  # uint8 (n, height, width, 1 or 3), or float32 (n, channels, height, width)
     labels: Array  # int64 (n,)
 
     def __post_init__(self) -> None:
-        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] not in (1, 3):
-            raise InputRefused(f"pictures are {self.images.dtype} {self.images.shape}", hint="uint8 (n, h, w, 1 or 3)")
+        images = self.images
+        if images.ndim != 4 or not (images.dtype == np.float32 or (self.are_pictures and images.shape[3] in (1, 3))):
+            hint = "uint8 (n, h, w, 1 or 3), or float32 (n, channels, h, w)"
+            raise InputRefused(f"pictures are {images.dtype} {images.shape}", hint=hint)
         if self.labels.dtype != np.int64 or self.labels.shape != self.images.shape[:1]:
             raise InputRefused(f"labels are {self.labels.dtype} {self.labels.shape} for {len(self.images)} pictures")
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def are_pictures(self) -> bool:
+        """Whether the samples are uint8, to be prepared."""
+        return bool(self.images.dtype == np.uint8)
+
     def pick(self, rows: Array | slice) -> Split:
-        """These rows; of a slice the pictures are a view, so that a mapped file stays mapped."""
-        return Split(self.images[rows], self.labels[rows])
+        """These rows; of a slice, or a selection, the pictures are a view, so that a mapped file stays mapped."""
+        images = self.images.pick(rows) if isinstance(self.images, Selection) else self.images[rows]
+        return Split(images, self.labels[rows])
 
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Three splits of pictures of one size, and how a picture becomes an input."""
+    """Three splits of samples of one size, and how one becomes an input."""
 
     name: str
     train: Split
@@ -55,7 +64,7 @@ class DataSet:
         for name, split in self.splits.items():
             if not len(split):
                 raise InputRefused(f"data {self.name!r} has no {name} samples")
-            if split.images.shape[1:] != size:
+            if split.images.shape[1:] != size or split.images.dtype != self.train.images.dtype:
                 raise InputRefused(
                     f"data {self.name!r} has pictures of {split.images.shape[1:]} in {name}, {size} in train"
                 )
@@ -78,12 +87,15 @@ class DataSet:
     @property
     def input_spec(self) -> TensorSpec:
         """What a model of this data takes."""
-        _, height, width, channels = self.train.images.shape
-        return TensorSpec("input", "float32", ("batch", channels, height, width))
+        _, *shape = self.train.images.shape
+        channels_first = (shape[2], shape[0], shape[1]) if self.train.are_pictures else shape
+        return TensorSpec("input", "float32", ("batch", *channels_first))
 
 
 def make_data(name: str, splits: Sequence[Split], classes: Sequence[str]) -> DataSet:
     """A DataSet whose preprocessing brings the train pictures to mean 0 and deviation 1 in each channel.
+
+    What are no pictures has no preprocessing.
 
     Args:
         name: as it stands in lineage and reports.
@@ -91,6 +103,8 @@ def make_data(name: str, splits: Sequence[Split], classes: Sequence[str]) -> Dat
         classes: names, in the order of the labels.
     """
     train, validation, test = splits
+    if not train.are_pictures:
+        return DataSet(name, train, validation, test, tuple(classes), ())
     _, height, width, channels = train.images.shape
     mean, std = channel_statistics(train.images)
     preprocess: tuple[dict[str, Any], ...] = (
@@ -103,7 +117,7 @@ def make_data(name: str, splits: Sequence[Split], classes: Sequence[str]) -> Dat
     return DataSet(name, train, validation, test, tuple(classes), preprocess)
 
 
-def channel_statistics(images: Array) -> tuple[list[float], list[float]]:
+def channel_statistics(images: Array | Selection) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel in 0 to 1, rounded to 4 digits; exact, from the counts of 256 values.
 
     >>> channel_statistics(np.array([0, 255], np.uint8).reshape(1, 1, 2, 1))

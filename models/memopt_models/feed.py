@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from memopt.errors import UsageError
 from memopt.preprocess import prepare, split_steps
 from memopt.tensors import Array
 from memopt_models.dataset import Split
+from memopt_models.selection import Selection
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +33,9 @@ class Feeder:
         batch_size: of the largest batch.
         device: of the network; None is the CPU.
         shift: pixels by which pictures are moved, see `shift_pictures`; only where a generator is given.
+
+    Raises:
+        UsageError: something is to be shifted that is no picture.
     """
 
     def __init__(
@@ -39,6 +44,8 @@ class Feeder:
     ) -> None:  # fmt: skip
         import torch
 
+        if shift and not split.are_pictures:
+            raise UsageError(f"samples of {split.images.dtype} are no pictures that could be shifted", hint="--shift 0")
         self._split, self._shift, self._size = split, shift, min(batch_size, len(split))
         pictures, numbers = split_steps(steps)
         first = split.images[:1]
@@ -173,14 +180,21 @@ def _move(images: Array, moves: Array) -> None:
             images[rows] = images[rows][:, sources]
 
 
-def _take(images: Array, rows: Array | slice, into: Array) -> None:
+def _take(images: Array | Selection, rows: Array | slice, into: Array) -> None:
     """The rows, without memory for a copy of them where the pictures lie one after another."""
-    if isinstance(rows, slice):
+    if isinstance(images, Selection):
+        _take(images.array, images.rows[rows], into)
+    elif isinstance(rows, slice):
         into[...] = images[rows]
-    elif images.flags.c_contiguous and (not len(rows) or 0 <= rows.min() <= rows.max() < len(images)):
+    elif _is_plain(images) and len(rows) and rows.min() >= 0 and rows.max() < len(images):
         np.take(images, rows, axis=0, out=into, mode="clip")  # with mode "raise" numpy would fill a copy first
     else:
         into[...] = images[rows]
+
+
+def _is_plain(images: Array) -> bool:
+    """Whether numpy takes rows without copying all of them first, to have them aligned and one after another."""
+    return images.flags.c_contiguous and images.flags.aligned
 
 
 def _that_change(images: Array, steps: Sequence[Step]) -> list[Step]:
