@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from memopt_models.digest import digest_arrays
 from memopt_models.selection import Selection
 
 SPLITS = ("train", "validation", "test")
+_BLOCK_BYTES = 2**16  # of pictures that are counted at once; numpy counts them as int64
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,10 +125,10 @@ def channel_statistics(images: Array | Selection) -> tuple[list[float], list[flo
     >>> channel_statistics(np.array([0, 255], np.uint8).reshape(1, 1, 2, 1))
     ([0.5], [0.5])
     """
-    channels = images.shape[3]
+    channels, rows = images.shape[3], max(1, _BLOCK_BYTES // math.prod(images.shape[1:]))
     counts = np.zeros((channels, 256), np.int64)
-    for start in range(0, len(images), 1024):  # the pictures may be a mapped file: never all in memory
-        block = images[start : start + 1024]
+    for start in range(0, len(images), rows):  # the pictures may be a mapped file: never all in memory
+        block = images[start : start + rows]
         counts += [np.bincount(block[..., channel].ravel(), minlength=256) for channel in range(channels)]
     shares, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
     mean = shares @ values

@@ -173,11 +173,11 @@ def shift_pictures(images: Array, distance: int, rng: np.random.Generator) -> Ar
 def _move(images: Array, moves: Array) -> None:
     """Each picture's row y becomes what its row y + move was, or the nearest row that there is."""
     height = images.shape[1]
-    for move in np.unique(moves):
+    for move in range(moves.min(), moves.max() + 1):
         if move:
             rows = np.flatnonzero(moves == move)
             sources = np.clip(np.arange(height) + move, 0, height - 1)
-            images[rows] = images[rows][:, sources]
+            images[rows] = images[rows[:, None], sources]
 
 
 def _take(images: Array | Selection, rows: Array | slice, into: Array) -> None:
