@@ -1,4 +1,4 @@
-"""What feeding a network costs: an epoch of MNIST in batches of 256, ready to train on, beside torchvision's DataLoader.
+"""What feeding a network costs: an epoch of MNIST in batches of 256, ready to train on, beside torchvision's loader.
 
 Each feeder opens the data and runs in a fresh process, once for CPU time and once for memory. CPU time is user and
 system of the process and its workers during one shuffled epoch; opening stands apart. Private memory is the highest
