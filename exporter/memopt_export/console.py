@@ -163,11 +163,17 @@ def _progress_line() -> Iterator[_Line]:
 
 
 def _show_step(line: _Line, progress: Progress, *, keep_epochs: bool = True) -> None:
+    if progress.note:
+        show = line.overwrite if progress.note.endswith("…") else line.stay
+        show(f"  {progress.stage} {progress.note}")
+        return
     where = f"{progress.stage} epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}"
     if progress.validation_top1 is None:
         line.overwrite(f"  {where}  step {progress.step}/{progress.steps}")
         return
     said = f"  {where}  validation {100 * progress.validation_top1:.2f}%  peak {show_size(progress.peak_bytes)}"
+    if progress.peak_device_bytes is not None:
+        said += f", device {show_size(progress.peak_device_bytes)}"
     if keep_epochs:
         line.stay(said)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +43,12 @@ class Split:
     def are_pictures(self) -> bool:
         """Whether the samples are uint8, to be prepared."""
         return bool(self.images.dtype == np.uint8)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Of samples that lie in a mapped file, whose pages come and go as they are read; 0 for others."""
+        images = self.images.array if isinstance(self.images, Selection) else self.images
+        return math.prod(self.images.shape) * images.itemsize if _is_mapped(images) else 0
 
     def pick(self, rows: Array | slice) -> Split:
         """These rows; of a slice, or a selection, the pictures are a view, so that a mapped file stays mapped."""
@@ -150,3 +157,10 @@ def split_by_class(labels: Array, *, shares: Sequence[float] = (0.6, 0.2, 0.2), 
         for part, piece in zip(parts, np.split(rows, cuts), strict=True):
             part.append(piece)
     return [np.sort(np.concatenate(part)) for part in parts]
+
+
+def _is_mapped(array: Any) -> bool:
+    """Whether the array is a view of a mapped file, through whatever other views."""
+    while isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
+        array = array.base
+    return isinstance(array, np.memmap) or (isinstance(array, memoryview) and isinstance(array.obj, mmap.mmap))

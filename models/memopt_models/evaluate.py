@@ -23,7 +23,7 @@ def predict(module: nn.Module, inputs: Array, *, batch_size: int = 256) -> Array
     """Logits, (samples, classes), float32, in evaluation mode; the module's mode is left as it was.
 
     Args:
-        module: the network.
+        module: the network, on any device.
         inputs: prepared samples, (samples, channels, height, width).
         batch_size: samples in memory at a time; the logits do not depend on it beyond rounding.
     """
@@ -32,7 +32,7 @@ def predict(module: nn.Module, inputs: Array, *, batch_size: int = 256) -> Array
     device = device_of(module)
     with _evaluating(module):
         parts = [
-            module(torch.from_numpy(inputs[start : start + batch_size]).to(device)).cpu().numpy()
+            module(torch.from_numpy(inputs[start : start + batch_size]).to(device)).float().cpu().numpy()
             for start in range(0, len(inputs), batch_size)
         ]
     return np.concatenate(parts)

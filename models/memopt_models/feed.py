@@ -24,7 +24,7 @@ class Feeder:
     """Gives a network the batches of one split; after the first one nothing more is allocated for them.
 
     The inputs are those of `memopt.preprocess.prepare`, to the bit on a CPU. They lie in memory that the next batch
-    overwrites: whoever wants to keep them clones them. Moved pictures (`shift`) take temporary memory for a part of a
+    overwrites: whoever wants to keep them clones them. Moving pictures takes temporary memory for a part of a
     batch.
 
     Args:
@@ -32,21 +32,16 @@ class Feeder:
         steps: of memopt.preprocess. What decodes, resizes or crops is done before, on the CPU.
         batch_size: of the largest batch.
         device: of the network; None is the CPU.
-        shift: pixels by which pictures are moved, see `shift_pictures`; only where a generator is given.
-
-    Raises:
-        UsageError: something is to be shifted that is no picture.
+        layout: of the inputs in memory; None is `torch.contiguous_format`.
     """
 
     def __init__(
         self, split: Split, steps: Sequence[Step], *, batch_size: int, device: torch.device | None = None,
-        shift: int = 0,
+        layout: torch.memory_format | None = None,
     ) -> None:  # fmt: skip
         import torch
 
-        if shift and not split.are_pictures:
-            raise UsageError(f"samples of {split.images.dtype} are no pictures that could be shifted", hint="--shift 0")
-        self._split, self._shift, self._size = split, shift, min(batch_size, len(split))
+        self._split, self._size = split, min(batch_size, len(split))
         pictures, numbers = split_steps(steps)
         first = split.images[:1]
         self._pictures = _that_change(first, pictures)
@@ -55,14 +50,17 @@ class Feeder:
         with torch.inference_mode(mode=False):  # tensors made in there could not be trained on later
             self._images = Staging((self._size, *shape), dtype, place)
             self._labels = Staging((self._size,), torch.int64, place)
-            self._numbers = _Numbers(numbers, (self._size, *shape), dtype, place)
+            self._numbers = _Numbers(numbers, self._images.shape, dtype, place, layout or torch.contiguous_format)
 
-    def batch(self, rows: Array | slice, rng: np.random.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, rows: Array | slice, moves: Array | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and labels of these rows of the split, at most `batch_size`, on the device; valid until the next call.
 
         Args:
             rows: their order is kept; sorted ones read a mapped file from front to back.
-            rng: draws by how much each picture is moved; None moves none.
+            moves: (rows, 2), by how many pixels each picture is moved, see `draw_moves`; None moves none.
+
+        Raises:
+            UsageError: something is to be moved that is no picture.
         """
         labels = self._split.labels[rows]
         images = self._images.to_fill(len(labels))
@@ -70,8 +68,10 @@ class Feeder:
             images[...] = prepare(self._split.images[rows], self._pictures)
         else:
             _take(self._split.images, rows, images)
-        if rng is not None:
-            shift_pictures(images, self._shift, rng)
+        if moves is not None and moves.any():
+            if not self._split.are_pictures:
+                raise UsageError(f"samples of {images.dtype} are no pictures that could be shifted", hint="--shift 0")
+            shift_pictures(images, moves)
         self._labels.to_fill(len(labels))[...] = labels
         return self._numbers.of(self._images.send(len(labels))), self._labels.send(len(labels))
 
@@ -99,8 +99,9 @@ class Staging:
         on_gpu = device.type == "cuda"
         count = _IN_FLIGHT if on_gpu else 1
         locked = on_gpu if pinned is None else pinned
-        self._hosts = [torch.empty(tuple(shape), dtype=dtype, pin_memory=locked) for _ in range(count)]
-        self._device = torch.empty(tuple(shape), dtype=dtype, device=device) if device.type != "cpu" else None
+        self.shape = tuple(shape)
+        self._hosts = [torch.empty(self.shape, dtype=dtype, pin_memory=locked) for _ in range(count)]
+        self._device = torch.empty(self.shape, dtype=dtype, device=device) if device.type != "cpu" else None
         self._copied = [torch.cuda.Event() for _ in range(count)] if on_gpu else []  # type: ignore[no-untyped-call]
         self._turn = 0
 
@@ -155,19 +156,25 @@ class Arithmetic:
         return numbers
 
 
-def shift_pictures(images: Array, distance: int, rng: np.random.Generator) -> Array:
-    """The pictures, each moved in place by up to `distance` pixels up, down, left or right; edge pixels fill the gap.
+def draw_moves(count: int, distance: int, rng: np.random.Generator) -> Array:
+    """By how many pixels each of `count` pictures is moved down and right: (count, 2), within ±distance.
+
+    A distance of 0 draws nothing.
+    """
+    if distance == 0:
+        return np.zeros((count, 2), np.int64)
+    return rng.integers(0, 2 * distance + 1, (2, count)).T - distance
+
+
+def shift_pictures(images: Array, moves: Array) -> None:
+    """Moves each picture in place, a window that goes down and right over it; edge pixels fill the gap.
 
     Args:
-        images: (n, height, width, channels), contiguous.
-        distance: pixels; 0 leaves the pictures as they are, and draws nothing.
-        rng: draws the moves.
+        images: (n, height, width, channels).
+        moves: (n, 2), pixels down and right, see `draw_moves`.
     """
-    if distance:
-        down, right = rng.integers(0, 2 * distance + 1, (2, len(images)))
-        _move(images, down - distance)
-        _move(images.swapaxes(1, 2), right - distance)
-    return images
+    _move(images, moves[:, 0])
+    _move(images.swapaxes(1, 2), moves[:, 1])
 
 
 def _move(images: Array, moves: Array) -> None:
@@ -211,16 +218,19 @@ def _that_change(images: Array, steps: Sequence[Step]) -> list[Step]:
 class _Numbers:
     """Makes a network's inputs of a batch of pictures, always in the same memory."""
 
-    def __init__(self, steps: Sequence[Step], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, steps: Sequence[Step], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+        layout: torch.memory_format,
+    ) -> None:  # fmt: skip
         import torch
 
         self._turned = any(step["op"] == "layout" for step in steps)
         self._arithmetic = Arithmetic(steps, axis=-3 if self._turned else -1, device=device)
         size = (shape[0], shape[3], shape[1], shape[2]) if self._turned else shape
         self._inputs: torch.Tensor | None = None
-        if self._turned or self._arithmetic.operations:
+        if self._turned or self._arithmetic.operations or layout is not torch.contiguous_format:
             kind = torch.float32 if self._arithmetic.operations else dtype
-            self._inputs = torch.empty(size, dtype=kind, device=device)
+            self._inputs = torch.empty(size, dtype=kind, device=device, memory_format=layout)
 
     def of(self, images: torch.Tensor) -> torch.Tensor:
         if self._inputs is None:

@@ -83,17 +83,17 @@ def _measure(name: str, what: str) -> dict[str, Any]:
 
 def _memopt(shift: int) -> Callable[[], Iterable[Any]]:
     from memopt_models.data import open_data
-    from memopt_models.feed import Feeder
+    from memopt_models.feed import Feeder, draw_moves
 
     def opened() -> Iterator[Any]:
         data = open_data("mnist", download=False)
-        feeder = Feeder(data.train, data.preprocess, batch_size=BATCH, shift=shift)
+        feeder = Feeder(data.train, data.preprocess, batch_size=BATCH)
         return epoch(feeder, len(data.train))
 
     def epoch(feeder: Feeder, count: int) -> Iterator[Any]:
         rng = np.random.default_rng(0)
         for rows in np.array_split(rng.permutation(count), -(-count // BATCH)):
-            yield feeder.batch(np.sort(rows), rng)
+            yield feeder.batch(np.sort(rows), draw_moves(len(rows), shift, rng))
 
     return opened
 

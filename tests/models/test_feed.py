@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from memopt.errors import UsageError
 from memopt.preprocess import prepare
 from memopt_models.dataset import DataSet, Split, make_data
-from memopt_models.feed import Feeder, Staging, shift_pictures
+from memopt_models.feed import Feeder, Staging, draw_moves, shift_pictures
 
 CPU = torch.device("cpu")
 
@@ -144,36 +145,51 @@ def test_a_gpu_is_fed_what_the_cpu_is() -> None:
 
 @given(st.integers(1, 3), st.integers(0, 2**32 - 1))
 def test_shifted_pictures_are_windows_of_the_padded_ones(distance: int, seed: int) -> None:
-    images = np.random.default_rng(seed).integers(0, 256, (5, 4, 6, 2), np.uint8)
-    moved = shift_pictures(images.copy(), distance, np.random.default_rng(seed))
-    assert moved.dtype == np.uint8
-    down, right = np.random.default_rng(seed).integers(0, 2 * distance + 1, (2, 5))
-    for before, after, y, x in zip(images, moved, down, right, strict=True):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (5, 4, 6, 2), np.uint8)
+    moves, moved = draw_moves(5, distance, rng), images.copy()
+    shift_pictures(moved, moves)
+    for before, after, (down, right) in zip(images, moved, moves + distance, strict=True):
         padded = np.pad(before, ((distance,) * 2, (distance,) * 2, (0, 0)), mode="edge")
-        np.testing.assert_array_equal(after, padded[y : y + 4, x : x + 6])
+        np.testing.assert_array_equal(after, padded[down : down + 4, right : right + 6])
 
 
 def test_pictures_are_shifted_in_every_direction_and_not_at_all() -> None:
     images = np.zeros((400, 5, 5, 1), np.uint8)
     images[:, 2, 2] = 255
-    places = set(zip(*np.nonzero(shift_pictures(images, 1, np.random.default_rng(0)).squeeze())[1:], strict=True))
+    shift_pictures(images, draw_moves(400, 1, np.random.default_rng(0)))
+    places = set(zip(*np.nonzero(images.squeeze())[1:], strict=True))
     assert places == {(y, x) for y in (1, 2, 3) for x in (1, 2, 3)}
 
 
 def test_pictures_that_are_not_to_be_shifted_cost_no_draw() -> None:
-    images, rng = np.ones((3, 2, 2, 1), np.uint8), np.random.default_rng(5)
-    shift_pictures(images, 0, rng)
+    rng = np.random.default_rng(5)
+    assert not draw_moves(3, 0, rng).any()
     assert rng.integers(1000) == np.random.default_rng(5).integers(1000)
 
 
-def test_fed_pictures_are_shifted_where_there_is_a_generator_and_the_split_is_not() -> None:
+def test_fed_pictures_are_moved_and_the_split_is_not() -> None:
     data = pictures(40, 1)
     before = data.train.images.copy()
-    feeder = Feeder(data.train, data.preprocess, batch_size=40, shift=2)
-    rows = np.arange(40)
-    still = feeder.batch(rows)[0].numpy().copy()
-    moved = feeder.batch(rows, np.random.default_rng(3))[0].numpy()
-    expected = shift_pictures(before.copy(), 2, np.random.default_rng(3))
-    np.testing.assert_array_equal(still, prepare(before, data.preprocess))
-    np.testing.assert_array_equal(moved, prepare(expected, data.preprocess))
+    moves = draw_moves(40, 2, np.random.default_rng(3))
+    moved, _ = Feeder(data.train, data.preprocess, batch_size=40).batch(np.arange(40), moves)
+    expected = before.copy()
+    shift_pictures(expected, moves)
+    np.testing.assert_array_equal(moved.numpy(), prepare(expected, data.preprocess))
     np.testing.assert_array_equal(data.train.images, before)
+
+
+def test_what_is_no_picture_cannot_be_moved() -> None:
+    split = Split(np.ones((4, 2, 5, 3), np.float32), np.zeros(4, np.int64))
+    feeder = Feeder(split, (), batch_size=4)
+    feeder.batch(slice(0, 4), np.zeros((4, 2), np.int64))
+    with pytest.raises(UsageError, match="samples of float32 are no pictures that could be shifted; hint: --shift 0"):
+        feeder.batch(slice(0, 4), np.ones((4, 2), np.int64))
+
+
+def test_inputs_lie_in_memory_as_asked_for() -> None:
+    data = pictures(40, 3)
+    feeder = Feeder(data.train, data.preprocess, batch_size=16, layout=torch.channels_last)
+    inputs, _ = feeder.batch(slice(0, 9))
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_array_equal(inputs.numpy(), prepare(data.train.images[:9], data.preprocess))

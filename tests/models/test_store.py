@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from memopt.errors import InputRefused, OutOfResource
+from memopt_models.dataset import Split
+from memopt_models.selection import Selection
 from memopt_models.store import Content, Store, default_store, describe_files
 
 KEY = {"what": "numbers"}
@@ -40,6 +42,15 @@ def test_what_was_made_is_mapped(kept: bool, dtype: str, folder: Path) -> None:
     assert got.dtype == dtype
     assert not got.flags.writeable
     assert not got.flags.owndata
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_split_knows_what_of_it_is_mapped(kept: bool, folder: Path) -> None:
+    labels, plain = np.zeros(10, np.int64), NUMBERS[..., None]
+    mapped = Store(folder if kept else None).get(KEY, numbers)[..., None]
+    assert Split(plain, labels).mapped_bytes == 0
+    assert Split(mapped, labels).mapped_bytes == Split(mapped, labels).pick(slice(0, 10)).mapped_bytes == 60
+    assert Split(Selection(mapped, np.array([1, 5])), labels[:2]).mapped_bytes == 12
 
 
 def test_it_is_made_once(folder: Path) -> None:

@@ -153,13 +153,18 @@ def test_every_train_sample_is_seen_once_an_epoch_and_no_other(few: DataSet) -> 
     ("settings", "message"),
     [
         ({"epochs": 0}, "epochs is 0, at least 1 is needed"),
-        ({"batch_size": 0}, "batch_size is 0, at least 1 is needed"),
+        ({"batch_size": -1}, "batch_size is -1, at least 0 is needed"),
         ({"shift": -1}, "shift is -1, at least 0 is needed"),
         ({"seed": -1}, "seed is -1, at least 0 is needed"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, a positive number is needed"),
         ({"learning_rate": float("nan")}, "learning_rate is nan, a positive number is needed"),
-        ({"optimizer": "eve"}, "optimizer 'eve' is not known; hint: adam"),
+        ({"optimizer": "eve"}, "optimizer 'eve' is not known; hint: adam, adamw, sgd"),
         ({"schedule": "never"}, "schedule 'never' is not known; hint: constant, onecycle"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0, 0 or a positive number is needed"),
+        ({"momentum": 1.0}, "momentum is 1.0, it lies between 0 and 1"),
+        ({"precision": "fp8"}, "precision 'fp8' is not known; hint: fp32, bf16, fp16"),
+        ({"device": "tpu"}, "device 'tpu' is not known; hint: cpu, cuda, auto"),
+        ({"accumulate": 65}, "accumulate is 65, a batch of 64 has not so many parts; hint: --accumulate 64"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, object], message: str) -> None:
