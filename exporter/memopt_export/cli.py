@@ -109,20 +109,25 @@ for _command in training_cli.COMMANDS:
 @click.option("--samples", type=click.IntRange(min=2), default=64, show_default=True, help="How many prove parity.")
 @click.option("--program", type=click.Path(path_type=Path), help="Also write torch's exported program, OUT.pt2.")
 @compact_option
+@click.option(
+    "--views", type=int, default=1, show_default=True,
+    help="Places that pictures are seen from, 1, 4 or 9; outputs are the mean. Takes as many times the time.",
+)  # fmt: skip
 @output_option
 @data_root_option
 @force_option
 @as_json_option
 def export(
     checkpoint: str, network: str | None, data: str | None, samples: int, program: Path | None, compact: bool,
-    output: Path, data_root: Path | None, force: bool, as_json: bool,
+    views: int, output: Path, data_root: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Bring CHECKPOINT, or the module that pkg.mod:factory makes, to ONNX, and prove parity with torch."""
     from memopt_export import commands, console
 
     saved = commands.export(
         checkpoint, data, output,
-        network=network, samples=samples, program=program, compact=compact, data_root=data_root, force=force,
+        network=network, samples=samples, program=program, compact=compact, views=views, data_root=data_root,
+        force=force,
     )  # fmt: skip
     console.show(saved, as_json=as_json)
 

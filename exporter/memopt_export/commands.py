@@ -352,7 +352,8 @@ class Diagnosis:
 
 def export(
     source: str, data: str | None, output: Path, *, samples: int, network: str | None = None,
-    program: Path | None = None, compact: bool = False, data_root: Path | None = None, force: bool = False,
+    program: Path | None = None, compact: bool = False, views: int = 1, data_root: Path | None = None,
+    force: bool = False,
 ) -> SavedGraph:  # fmt: skip
     """A checkpoint, or the module that `pkg.mod:factory` makes, as ONNX."""
     from memopt_export import from_torch
@@ -364,7 +365,8 @@ def export(
     checkpoint = _checkpoint_of(source, network, data, data_root)
     spec = data or _data_of(checkpoint)
     found = open_samples(spec, split="validation", inputs=checkpoint.inputs, root=data_root, at_most=samples)
-    exported = from_torch.export(checkpoint, found.feeds[checkpoint.inputs[0].name], compact=compact)
+    pictures = found.feeds[checkpoint.inputs[0].name]
+    exported = from_torch.export(checkpoint, pictures, compact=compact, views=views)
     save_graph(exported.graph, output, force=force)
     if program is not None:
         write_atomically(program, exported.program, force=force)

@@ -19,6 +19,7 @@ from memopt_export import compact as compacting
 from memopt_export import grids
 from memopt_export.graph import Graph, run_graph
 from memopt_export.simplify import simplify
+from memopt_export.views import check_views, module_seen_from, seen_from
 from memopt_models import ste
 from memopt_models.checkpoint import Checkpoint
 from memopt_models.qat import deployed
@@ -59,13 +60,14 @@ class Exported:
     program: bytes
 
 
-def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False) -> Exported:
+def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False, views: int = 1) -> Exported:
     """The checkpoint as an ONNX graph with a free batch dimension.
 
     Args:
         checkpoint: what to export.
         samples: real inputs, (samples, ...), at least two; parity is proved on them.
         compact: whether the graph is brought to few bytes, see `compact.compact`.
+        views: places that every picture is seen from, see `views.seen_from`.
 
     Raises:
         InputRefused: torch cannot export the network, or there are no samples.
@@ -75,11 +77,13 @@ def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False) -> 
 
     if len(samples) < 2:
         raise InputRefused("parity is proved on at least two samples", hint="--data SPEC")
+    check_views(views)
     module = deployed(checkpoint)
+    whole = module if views == 1 else module_seen_from(module, views)
     inputs = torch.from_numpy(np.ascontiguousarray(samples))
     try:
         with torch.inference_mode():
-            expected = module(inputs)
+            expected = whole(inputs)
     except (RuntimeError, ValueError, TypeError) as error:
         shape = show_shape(inputs.shape)
         raise InputRefused(f"{checkpoint.network} cannot run on {shape}: {first_line(error)}") from error
@@ -90,6 +94,10 @@ def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False) -> 
         graph = simplify(_to_graph(program, inputs[:2], checkpoint))
     if checkpoint.quantization.get("method") == ste.METHOD:
         graph = grids.store_integers(graph, checkpoint, module)
+    if views > 1:
+        graph = seen_from(graph, views)
+        with quiet():
+            program = trace(whole, inputs[:2], checkpoint.network)
     if compact:
         graph = compacting.compact(graph)
     parity = prove_parity(graph, samples, expected.numpy())
