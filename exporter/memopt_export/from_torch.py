@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import logging
 import math
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,15 +15,20 @@ from memopt.errors import AnswerIsNo, InputRefused, first_line
 from memopt.strict_json import to_json
 from memopt.tensors import Array, TensorSpec, show_shape
 from memopt.torch_runtime import SPECS
+from memopt_export import compact as compacting
+from memopt_export import grids
 from memopt_export.graph import Graph, run_graph
 from memopt_export.simplify import simplify
+from memopt_export.views import check_views, module_seen_from, seen_from
+from memopt_models import ste
 from memopt_models.checkpoint import Checkpoint
+from memopt_models.qat import deployed
+from memopt_models.trace import quiet, trace
 
 if TYPE_CHECKING:
     import torch
 
 OPSET = 21
-LARGEST_BATCH = 2**16
 PARITY_SAMPLES = 64  # as many as prove parity, unless told otherwise
 # Two float32 programs for the same network differ by rounding; ten times what is seen on our networks.
 RELATIVE_TOLERANCE = 1e-4
@@ -58,12 +60,14 @@ class Exported:
     program: bytes
 
 
-def export(checkpoint: Checkpoint, samples: Array) -> Exported:
+def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False, views: int = 1) -> Exported:
     """The checkpoint as an ONNX graph with a free batch dimension.
 
     Args:
         checkpoint: what to export.
         samples: real inputs, (samples, ...), at least two; parity is proved on them.
+        compact: whether the graph is brought to few bytes, see `compact.compact`.
+        views: places that every picture is seen from, see `views.seen_from`.
 
     Raises:
         InputRefused: torch cannot export the network, or there are no samples.
@@ -73,23 +77,47 @@ def export(checkpoint: Checkpoint, samples: Array) -> Exported:
 
     if len(samples) < 2:
         raise InputRefused("parity is proved on at least two samples", hint="--data SPEC")
-    module = checkpoint.module()
+    check_views(views)
+    module = deployed(checkpoint)
+    whole = module if views == 1 else module_seen_from(module, views)
     inputs = torch.from_numpy(np.ascontiguousarray(samples))
     try:
         with torch.inference_mode():
-            expected = module(inputs)
+            expected = whole(inputs)
     except (RuntimeError, ValueError, TypeError) as error:
         shape = show_shape(inputs.shape)
         raise InputRefused(f"{checkpoint.network} cannot run on {shape}: {first_line(error)}") from error
     if not isinstance(expected, torch.Tensor):
         raise InputRefused(f"{checkpoint.network} returns {type(expected).__name__}, one tensor is expected")
-    with _quiet():
-        program = _export_program(module, inputs[:2], checkpoint.network)
+    with quiet():
+        program = trace(module, inputs[:2], checkpoint.network)
         graph = simplify(_to_graph(program, inputs[:2], checkpoint))
+    if checkpoint.quantization.get("method") == ste.METHOD:
+        graph = grids.store_integers(graph, checkpoint, module)
+    if views > 1:
+        graph = seen_from(graph, views)
+        with quiet():
+            program = trace(whole, inputs[:2], checkpoint.network)
+    if compact:
+        graph = compacting.compact(graph)
     parity = prove_parity(graph, samples, expected.numpy())
     if not parity.holds:
         raise AnswerIsNo(f"the graph differs from torch by {parity.max_difference:.3g} on {parity.samples} samples")
     return Exported(graph, parity, _serialize(program, graph))
+
+
+def draft(checkpoint: Checkpoint) -> Graph:
+    """The checkpoint as a graph whose outputs nobody has compared with torch's: for plans, not to be run.
+
+    Raises:
+        InputRefused: torch cannot export the network.
+    """
+    import torch
+
+    example = torch.zeros(checkpoint.inputs[0].at_batch(2))
+    with quiet():
+        program = trace(checkpoint.module(), example, checkpoint.network)
+        return simplify(_to_graph(program, example, checkpoint))
 
 
 def prove_parity(graph: Graph, samples: Array, expected: Array) -> Parity:
@@ -101,16 +129,6 @@ def prove_parity(graph: Graph, samples: Array, expected: Array) -> Parity:
         largest_output=float(np.abs(expected).max()),
         agreement=agreement(got, expected) if got.ndim == 2 else None,
     )
-
-
-def _export_program(module: torch.nn.Module, example: torch.Tensor, network: str) -> torch.export.ExportedProgram:
-    import torch
-
-    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
-    try:
-        return torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise InputRefused(f"torch.export cannot trace {network}: {first_line(error)}") from error
 
 
 def _to_graph(program: torch.export.ExportedProgram, example: torch.Tensor, checkpoint: Checkpoint) -> Graph:
@@ -153,19 +171,3 @@ def _serialize(program: torch.export.ExportedProgram, graph: Graph) -> bytes:
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={SPECS: to_json(specs)})
     return buffer.getvalue()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporter's own log lines and deprecation warnings off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -28,7 +28,7 @@ from memopt.batching import memory_curve
 from memopt.bundle import Bundle
 from memopt.choice import Choice
 from memopt.errors import BackendError, IntegrityError, OutOfResource, first_line
-from memopt.files import sha256_file
+from memopt.files import is_private, sha256_file
 from memopt.manifest import Profile, Variant
 from memopt.runtimes import RUNTIMES
 from memopt.specialization import Cache
@@ -87,7 +87,7 @@ def find(rebuild: Rebuild, cache: Cache) -> Artifact | None:
         with cache.reading(rebuild) as folder:
             return _read(folder, rebuild) if folder is not None else None
     except IntegrityError as error:
-        if not cache.is_private():
+        if not is_private(cache.folder):
             raise
         _log.info("%s", error)
         return None

@@ -99,16 +99,26 @@ def atomic_folder(
         _move_into_place(beside, path)
 
 
+def is_private(folder: Path) -> bool:
+    """Whether nobody but this user can write to the folder, or make one of that name."""
+    try:
+        status = folder.lstat()
+    except FileNotFoundError:
+        return True
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Whether the file at `path`, made where it is missing, could be locked for this block: nobody else has it.
 
-    The kernel frees the lock of a process that dies. On a file system without locks everybody has it.
+    With `wait` it is locked as soon as nobody else has it. The kernel frees the lock of a process that dies. On a file
+    system without locks everybody has it.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return
@@ -134,15 +144,6 @@ def refuse_to_replace(path: Path, *, force: bool, is_ours: Callable[[Path], bool
     """Raises UsageError when something is at `path`, unless it is a folder of ours and `force` is given."""
     if path.exists() and not (force and path.is_dir() and is_ours(path)):
         raise UsageError(f"{path} exists", hint="--force replaces a folder of the same kind, and nothing else")
-
-
-def is_private(folder: Path) -> bool:
-    """Whether nobody but this user can write to the folder, or make one of that name."""
-    try:
-        status = folder.lstat()
-    except FileNotFoundError:
-        return True
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def sha256_file(path: Path) -> str:

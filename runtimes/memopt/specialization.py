@@ -155,12 +155,8 @@ class Cache:
             lock.unlink(missing_ok=True)
         self._evict(keep=folder)
 
-    def is_private(self) -> bool:
-        """Whether nobody but this user can write to the folder, or make one of that name."""
-        return is_private(self.folder)
-
     def _check_owner(self) -> None:
-        if not self.is_private():
+        if not is_private(self.folder):
             raise IntegrityError(
                 f"cache {self.folder} is not a folder that only this user can write to",
                 hint=f"chmod 700 {self.folder}, or MEMOPT_CACHE=DIR",
@@ -194,7 +190,13 @@ def _remove(entry: Path) -> None:
 
 
 def default_cache() -> Cache | None:
-    """The cache that `memopt.load` uses unless it is given one: `$MEMOPT_CACHE`; None where that is "off".
+    """The cache that `memopt.load` uses unless it is given one, in `cache_folder`; None where there is none."""
+    folder = cache_folder("specializations")
+    return None if folder is None else Cache(folder)
+
+
+def cache_folder(kind: str) -> Path | None:
+    """The folder of this kind in `$MEMOPT_CACHE`, by default the user's cache folder; None where that is "off".
 
     The only place where the runtime reads the environment.
     """
@@ -202,7 +204,7 @@ def default_cache() -> Cache | None:
     if named == "off":
         return None
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Cache(Path(named) if named else base / "memopt" / "specializations")
+    return (Path(named) if named else base / "memopt") / kind
 
 
 def gains_nothing(precision: str) -> str | None:
