@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from memopt_models.checkpoint import Checkpoint, digest_state, snapshot
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure, score
 from memopt_models.factories import source_digest
+from memopt_models.recompute import recomputed
 from memopt_models.resume import Keep
 from memopt_models.team import ALONE, Team
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 AUTO = 0  # of a number: what the data and the limits allow
 PRECISIONS = ("fp32", "bf16", "fp16")
+CHECKPOINTING = ("off", "blocks")
 DEVICES = ("cpu", "cuda", "auto")
 _DEFAULT_BATCH, _LEAST_STEPS = 64, 8  # of `batch_size` AUTO: so many samples, unless an epoch had fewer steps than that
 _EVALUATED_AT_ONCE = 256
@@ -53,6 +55,7 @@ class TrainSettings:
     momentum: float = 0.9  # of "sgd"
     precision: str = "fp32"  # in which layers compute; weights, gradients and the optimizer's state stay float32
     accumulate: int = AUTO  # parts of a batch whose gradients are summed before the step; AUTO: 1
+    checkpointing: str = "off"  # or "blocks": activations inside blocks are computed again instead of held
     channels_last: bool = False  # how tensors lie in memory
     device: str = "cpu"  # or "cuda", or "auto": cuda where there is one
 
@@ -71,7 +74,8 @@ class TrainSettings:
         if not 0 <= self.momentum < 1:
             raise UsageError(f"momentum is {self.momentum}, it lies between 0 and 1")
         tables = (
-            ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS), ("device", DEVICES),
+            ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS),
+            ("checkpointing", CHECKPOINTING), ("device", DEVICES),
         )  # fmt: skip
         for name, table in tables:
             if getattr(self, name) not in table:
@@ -373,7 +377,7 @@ def _begin_training(module: nn.Module, how: TrainSettings, team: Team, *, steps:
     scheduler = SCHEDULES[how.schedule](optimizer, how, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=how.precision == "fp16")
     rng = np.random.default_rng(how.seed)
-    with BestWeights() as best:
+    with BestWeights() as best, recomputed(worker) if how.checkpointing == "blocks" else nullcontext():
         yield Training(module, how, device, optimizer, scheduler, scaler, rng, best, team, worker)
     module.zero_grad(set_to_none=True)
     module.to(memory_format=torch.contiguous_format)
