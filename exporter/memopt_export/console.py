@@ -60,11 +60,31 @@ def show(value: Any, *, as_json: bool) -> None:
     _DRAW[type(value).__name__](_console(sys.stdout), value)
 
 
+@dataclass(frozen=True)
+class TrainingListener:
+    """What a training tells: each step, and what else there is to say. Without a line nobody hears it."""
+
+    line: _Line | None
+
+    def on_step(self, progress: Progress) -> None:
+        """A step is done."""
+        if self.line is not None:
+            _show_step(self.line, progress)
+
+    def say(self, text: str) -> None:
+        """Something that stays."""
+        if self.line is not None:
+            self.line.stay(f"  {text}")
+
+
 @contextmanager
-def training() -> Iterator[Callable[[Progress], None]]:
+def training(*, quiet: bool = False) -> Iterator[TrainingListener]:
     """Shows the steps of a training as one line that is overwritten, and one line that stays for each epoch."""
+    if quiet:
+        yield TrainingListener(None)
+        return
     with _progress_line() as line:
-        yield lambda progress: _show_step(line, progress)
+        yield TrainingListener(line)
 
 
 @contextmanager

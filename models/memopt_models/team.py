@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -98,6 +99,17 @@ class Team:
         torch.distributed.all_reduce(total)
         return total.item()
 
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Inside, the first process goes ahead; the others follow when it is through, and find what it has left."""
+        import torch
+
+        if self.size > 1 and not self.is_first:
+            torch.distributed.barrier()
+        yield
+        if self.size > 1 and self.is_first:
+            torch.distributed.barrier()
+
     def share(self, text: str, tensors: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor]]:
         """The first process's text and tensors; those that the others give do not count."""
         import torch
@@ -122,8 +134,13 @@ class Team:
             trained.set_requires_gradient_sync(last)  # type: ignore[operator]  # of FSDPModule
             yield
         else:
-            with nullcontext() if last else trained.no_sync():  # type: ignore[operator]  # of DistributedDataParallel
+            with warnings.catch_warnings(), nullcontext() if last else trained.no_sync():  # type: ignore[operator]  # of DistributedDataParallel
+                warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 weights
                 yield
+
+
+class Lost(BackendError):
+    """Another process of the team is gone, or does not answer."""
 
 
 ALONE = Team()
@@ -139,7 +156,7 @@ def joined(team: Team, *, meeting: str, gpu: int = 0) -> Iterator[Team]:
         gpu: of this process, where there are some.
 
     Raises:
-        BackendError: they do not find each other, or one is gone.
+        Lost: they do not find each other, or one is gone.
     """
     import torch
     from torch import distributed
@@ -157,7 +174,7 @@ def joined(team: Team, *, meeting: str, gpu: int = 0) -> Iterator[Team]:
         if not _is_lost(error):
             raise
         problem = f"process {team.rank} of {team.size} has lost another one: {first_line(error)}"
-        raise BackendError(problem, hint="the same command goes on from the last epoch") from error
+        raise Lost(problem, hint="the same command goes on after the last epoch") from error
     distributed.destroy_process_group()  # not after an error, when nobody may answer any more
 
 
@@ -182,7 +199,7 @@ def _replicate(module: nn.Module) -> nn.Module:
 
     if next(module.parameters()).device.type == "cuda":  # there alone BatchNorm can look at all parts of a batch
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-    return nn.parallel.DistributedDataParallel(module)
+    return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def _shard(module: nn.Module) -> nn.Module:

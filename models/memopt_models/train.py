@@ -152,8 +152,8 @@ def train(
     first = begin(network, settings, data, how, start=start)
     data = data_for(first, data)
     module = first.module()
-    code = {"network": network, "settings": first.settings, "code": source_digest(network)}
-    fit_module(module, data, how, cross_entropy, on_step, stage="train", keep=keep, made_from=code, team=team)
+    given = identify(first)
+    fit_module(module, data, how, cross_entropy, on_step, stage="train", keep=keep, made_from=given, team=team)
     used = {"network": network, "settings": first.settings, **asdict(how), **describe(data)}
     parents = () if start is None else (start.sha256,)
     metrics = measure(module, data) if team.is_first else {}
@@ -202,6 +202,15 @@ def describe(data: DataSet) -> dict[str, str]:
     """What a lineage says of the data: its name, its fingerprint, and the SPEC that opens it, where it has one."""
     spec = {} if data.spec is None else {"spec": data.spec}
     return {"data": data.name, "data_fingerprint": data.fingerprint} | spec
+
+
+def identify(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What its network is built of, beside the weights: name, settings, and the user's own code."""
+    return {
+        "network": checkpoint.network,
+        "settings": checkpoint.settings,
+        "code": source_digest(checkpoint.network),
+    }
 
 
 @dataclass
