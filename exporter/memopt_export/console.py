@@ -60,31 +60,14 @@ def show(value: Any, *, as_json: bool) -> None:
     _DRAW[type(value).__name__](_console(sys.stdout), value)
 
 
-@dataclass(frozen=True)
-class TrainingListener:
-    """What a training tells: each step, and what else there is to say. Without a line nobody hears it."""
-
-    line: _Line | None
-
-    def on_step(self, progress: Progress) -> None:
-        """A step is done."""
-        if self.line is not None:
-            _show_step(self.line, progress)
-
-    def say(self, text: str) -> None:
-        """Something that stays."""
-        if self.line is not None:
-            self.line.stay(f"  {text}")
-
-
 @contextmanager
-def training(*, quiet: bool = False) -> Iterator[TrainingListener]:
+def training(*, quiet: bool = False) -> Iterator[Callable[[Progress], None]]:
     """Shows the steps of a training as one line that is overwritten, and one line that stays for each epoch."""
     if quiet:
-        yield TrainingListener(None)
+        yield lambda progress: None
         return
     with _progress_line() as line:
-        yield TrainingListener(line)
+        yield lambda progress: _show_step(line, progress)
 
 
 @contextmanager
@@ -183,11 +166,17 @@ def _progress_line() -> Iterator[_Line]:
 
 
 def _show_step(line: _Line, progress: Progress, *, keep_epochs: bool = True) -> None:
+    if progress.note:
+        show = line.overwrite if progress.note.endswith("…") else line.stay
+        show(f"  {progress.stage} {progress.note}")
+        return
     where = f"{progress.stage} epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}"
     if progress.validation_top1 is None:
         line.overwrite(f"  {where}  step {progress.step}/{progress.steps}")
         return
     said = f"  {where}  validation {100 * progress.validation_top1:.2f}%  peak {show_size(progress.peak_bytes)}"
+    if progress.peak_device_bytes is not None:
+        said += f", device {show_size(progress.peak_device_bytes)}"
     if keep_epochs:
         line.stay(said)
     else:

@@ -12,6 +12,7 @@ import click
 
 from memopt_export.options import (
     Command,
+    Size,
     as_json_option,
     data_root_option,
     factory_option,
@@ -26,17 +27,25 @@ if TYPE_CHECKING:
     from memopt_export.training_commands import Means
 
 
+class NumberOrAuto(click.ParamType[int]):
+    """A positive number, or auto, which is AUTO inside."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number; 0 for auto."""
+        if isinstance(value, int):
+            return value
+        if value == "auto":
+            return 0
+        if not str(value).isdigit() or int(value) < 1:
+            self.fail(f"{value!r} is neither a positive number nor auto", param, ctx)
+        return int(value)
+
+
 def _training(command: Command) -> Command:
     """The options of everything that trains."""
-    for option in (
-        click.option("--epochs", type=int, default=10, show_default=True, help="Passes over the training split."),
-        click.option("--batch-size", type=int, default=64, show_default=True, help="Samples in one step."),
-        click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="The highest one."),
-        click.option("--schedule", default="constant", show_default=True, help="constant or onecycle."),
-        click.option("--shift", type=int, default=0, show_default=True, help="Pixels by which pictures are moved."),
-        click.option("--threads", type=int, default=0, show_default=True, help="Of torch; 0 lets torch choose."),
-        seed_option,
-    ):
+    for option in (*_LEARNING, *_MEMORY, seed_option):
         command = option(command)
     return command
 
@@ -72,12 +81,52 @@ def _means(output: Path, *, restart: bool, nproc: int, parallel: str) -> Iterato
         raise SystemExit(0)
     with (
         spread.membership(os.environ, asked=nproc, parallel=parallel) as team,
-        console.training(quiet=not team.is_first) as listener,
+        console.training(quiet=not team.is_first) as on_step,
     ):
-        keep = Keep(output, listener.say)
+        keep = Keep(output)
         if restart and team.is_first:
             keep.forget()
-        yield training_commands.Means(listener.on_step, keep, team)
+        yield training_commands.Means(on_step, keep, team)
+
+
+_LEARNING = (
+    click.option("--epochs", type=int, default=10, show_default=True, help="Passes over the training split."),
+    click.option(
+        "--batch-size", type=NumberOrAuto(), default=64, show_default=True, metavar="N|auto",
+        help="Samples of one optimizer step; auto: 64, or fewer where an epoch would have less than 8 steps.",
+    ),
+    click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="The highest one."),
+    click.option("--schedule", default="constant", show_default=True, help="constant or onecycle."),
+    click.option("--optimizer", default="adam", show_default=True, help="adam, adamw or sgd."),
+    click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of the optimizer."),
+    click.option("--momentum", type=float, default=0.9, show_default=True, help="Of sgd."),
+    click.option("--shift", type=int, default=0, show_default=True, help="Pixels by which pictures are moved."),
+    click.option("--threads", type=int, default=0, show_default=True, help="Of torch; 0 lets torch choose."),
+)  # fmt: skip
+_MEMORY = (
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, or auto: cuda where there is one."),
+    click.option(
+        "--precision", default="fp32", show_default=True,
+        help="In which layers compute: fp32, bf16 or fp16; weights stay fp32. A CPU is slow in fp16.",
+    ),
+    click.option(
+        "--checkpointing", default="off", show_default=True,
+        help="blocks: activations inside of blocks are computed again instead of held.",
+    ),
+    click.option(
+        "--accumulate", type=NumberOrAuto(), default="auto", show_default=True, metavar="N|auto",
+        help="Parts of a batch, one in memory at a time; auto: as few as the limits allow, measured.",
+    ),
+    click.option("--channels-last", is_flag=True, help="Tensors lie channels last in memory."),
+    click.option(
+        "--max-memory", "max_memory_bytes", type=Size(), metavar="SIZE",
+        help="What this process may hold, torch's 600 MiB or so included; kept.",
+    ),
+    click.option(
+        "--max-device-memory", "max_device_memory_bytes", type=Size(), metavar="SIZE",
+        help="What torch may allocate on the GPU; kept.",
+    ),
+)  # fmt: skip
 
 
 @click.command()

@@ -9,8 +9,8 @@ import glob
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,6 @@ class Keep:
     """Where the trainings of one command keep what they need to go on: one file each, OUTPUT.STAGE.resume."""
 
     output: Path
-    say: Callable[[str], None]  # told what was found, in one line
 
     def training(self, stage: str, made_from: Mapping[str, Any], *, team: Team = ALONE) -> KeptTraining:
         """What is kept of one training.
@@ -47,16 +46,27 @@ class Keep:
             made_from: all that decides its result, as plain values.
             team: the processes that train together; the first one of them reads and writes.
         """
-        name = "".join(letter if letter.isalnum() else "-" for letter in stage)
-        path = self.output.with_name(f"{self.output.name}.{name}{_SUFFIX}")
         tools = {tool: metadata.version(tool) for tool in _TOOLS}
         plain = json.loads(to_json({**made_from, "tools": tools}))
-        return KeptTraining(path, plain, self.say, team)
+        return KeptTraining(self._path(stage), plain, team)
+
+    def accumulate(self, stage: str) -> int | None:
+        """In how many parts a training that was kept has cut its batches; None where there is none to go on with."""
+        path = self._path(stage)
+        try:
+            how = _read_card(_open(path)[0], path).made_from["how"] if path.is_file() else {}
+        except (IntegrityError, KeyError):
+            return None
+        return how.get("accumulate")
 
     def forget(self) -> None:
         """Removes what was kept: the output is there, or nobody wants to go on."""
         for path in self.output.parent.glob(f"{glob.escape(self.output.name)}.*{_SUFFIX}"):
             path.unlink(missing_ok=True)
+
+    def _path(self, stage: str) -> Path:
+        name = "".join(letter if letter.isalnum() else "-" for letter in stage)
+        return self.output.with_name(f"{self.output.name}.{name}{_SUFFIX}")
 
 
 @dataclass(frozen=True)
@@ -65,20 +75,21 @@ class KeptTraining:
 
     path: Path
     made_from: dict[str, Any]
-    say: Callable[[str], None]
     team: Team = ALONE
 
-    def restore(self, training: Training) -> None:
-        """Brings a fresh training to where the file left it. Without a file, or with a damaged one, it stays fresh.
+    def restore(self, training: Training) -> str:
+        """Brings a fresh training to where the file left it, and says so.
+
+        Where there is no file nothing is done nor said; a damaged one leaves the training fresh, and is told.
 
         Raises:
             UsageError: the file is of another training.
         """
-        text, tensors = self.team.share(*(self._read() if self.team.is_first else ("", {})))
+        note, text, tensors = self._read() if self.team.is_first and self.path.is_file() else ("", "", {})
+        text, tensors = self.team.share(text, tensors)
         if text:
-            card = from_json(_Card, text.encode(), where=self.path.name)
-            _load(card, tensors, training)
-            self.say(f"goes on after epoch {card.epoch} of {training.how.epochs}, kept in {self.path}")
+            _load(_read_card(text, self.path), tensors, training)
+        return note
 
     def store(self, training: Training) -> None:
         """Writes how the training stands over what was written before, whole or not at all.
@@ -95,21 +106,18 @@ class KeptTraining:
             for tensor in tensors.values():
                 whole(tensor)  # the first process asks for everybody's share
 
-    def _read(self) -> tuple[str, dict[str, torch.Tensor]]:
-        """Card and tensors of the file, if it is whole and of this training; else nothing."""
-        if not self.path.is_file():
-            return "", {}
+    def _read(self) -> tuple[str, str, dict[str, torch.Tensor]]:
+        """What there is to say of the file, and, if it is whole and of this training, its card and its tensors."""
         try:
             text, tensors = _open(self.path)
-            card = from_json(_Card, text.encode(), where="its card")
+            card = _read_card(text, self.path)
         except IntegrityError as error:
-            self.say(f"{self.path} is damaged ({error}): starts anew")
-            return "", {}
+            return f"starts anew: {self.path} is damaged ({error})", "", {}
         difference = _difference(card.made_from, self.made_from)
         if difference is not None:
-            problem = f"{self.path} keeps epoch {card.epoch} of another training: {difference}"
+            problem = f"{self.path} keeps epoch {len(card.ended)} of another training: {difference}"
             raise UsageError(problem, hint="--restart drops it")
-        return text, tensors
+        return f"goes on after epoch {len(card.ended)}, kept in {self.path}", text, tensors
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ class _Card:
     """All that is kept but the tensors."""
 
     made_from: dict[str, Any]
-    epoch: int
+    ended: tuple[dict[str, Any], ...]  # of each epoch done, the last Progress
     best_top1: float
     groups: tuple[dict[str, Any], ...]  # of the optimizer
     numbers: dict[str, dict[str, Any]]  # of its state, what is no tensor: index of the weight -> name -> value
@@ -140,13 +148,15 @@ def _unload(training: Training, made_from: dict[str, Any]) -> tuple[str, dict[st
             else:
                 numbers.setdefault(str(index), {})[name] = value
     card = _Card(
-        made_from, training.epoch, training.best_top1, tuple(optimizer["param_groups"]), numbers,
+        made_from, tuple(map(asdict, training.ended)), training.best_top1, tuple(optimizer["param_groups"]), numbers,
         training.scheduler.state_dict(), training.scaler.state_dict(),
     )  # fmt: skip
     return to_json(card), dict(sorted(tensors.items()))
 
 
 def _load(card: _Card, tensors: Mapping[str, torch.Tensor], training: Training) -> None:
+    from memopt_models.train import Progress  # which is built on what is here
+
     def named(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
@@ -166,7 +176,11 @@ def _load(card: _Card, tensors: Mapping[str, torch.Tensor], training: Training) 
     training.optimizer.load_state_dict({"state": state, "param_groups": list(card.groups)})
     training.scheduler.load_state_dict(card.scheduler)
     training.scaler.load_state_dict(card.scaler)
-    training.epoch, training.best_top1 = card.epoch, card.best_top1
+    training.ended, training.best_top1 = [Progress(**progress) for progress in card.ended], card.best_top1
+
+
+def _read_card(text: str, path: Path) -> _Card:
+    return from_json(_Card, text.encode(), where=path.name)
 
 
 def _write(path: Path, text: str, tensors: Mapping[str, torch.Tensor], digest: str) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PARALLEL = ("ddp", "fsdp2")
-PATIENCE = timedelta(minutes=10)  # for another process that neither answers nor ends
+PATIENCE = timedelta(minutes=30)  # for another process that neither answers nor ends
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from memopt_models.checkpoint import Checkpoint, digest_state, snapshot
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure, score
 from memopt_models.factories import source_digest
+from memopt_models.out_of_memory import limited
 from memopt_models.recompute import recomputed
 from memopt_models.resume import Keep
 from memopt_models.team import ALONE, Team
@@ -54,10 +55,12 @@ class TrainSettings:
     weight_decay: float = 0.0
     momentum: float = 0.9  # of "sgd"
     precision: str = "fp32"  # in which layers compute; weights, gradients and the optimizer's state stay float32
-    accumulate: int = AUTO  # parts of a batch whose gradients are summed before the step; AUTO: 1
+    accumulate: int = AUTO  # parts of a batch whose gradients are summed before the step; AUTO: as few as limits allow
     checkpointing: str = "off"  # or "blocks": activations inside blocks are computed again instead of held
     channels_last: bool = False  # how tensors lie in memory
     device: str = "cpu"  # or "cuda", or "auto": cuda where there is one
+    max_memory_bytes: int | None = None  # of the whole process, which is held to it; None: no limit
+    max_device_memory_bytes: int | None = None  # of what torch allocates on a GPU
 
     def __post_init__(self) -> None:
         leasts = (
@@ -80,6 +83,10 @@ class TrainSettings:
         for name, table in tables:
             if getattr(self, name) not in table:
                 raise UsageError(f"{name} {getattr(self, name)!r} is not known", hint=", ".join(table))
+        for name in ("max_memory_bytes", "max_device_memory_bytes"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise UsageError(f"{name} is {limit}, a positive number is needed")
         if self.batch_size and self.accumulate > self.batch_size:
             raise UsageError(
                 f"accumulate is {self.accumulate}, a batch of {self.batch_size} has not so many parts",
@@ -95,6 +102,11 @@ class TrainSettings:
         small = 2 ** int(math.log2(max(samples // _LEAST_STEPS, 1)))
         batch = self.batch_size or min(_DEFAULT_BATCH, small)
         return replace(self, batch_size=batch, accumulate=self.accumulate or 1)
+
+    @property
+    def has_limit(self) -> bool:
+        """Whether memory of any kind is limited."""
+        return self.max_memory_bytes is not None or self.max_device_memory_bytes is not None
 
     @property
     def micro_batch(self) -> int:
@@ -115,6 +127,7 @@ class Progress:
     validation_top1: float | None = None  # 0 to 1
     peak_bytes: int | None = None  # highest RSS of the process in this epoch
     peak_device_bytes: int | None = None  # the same of what torch has allocated on a GPU
+    note: str = ""  # what a person should know, instead of a step; one that ends in "…" is what is being done
 
 
 OnStep = Callable[[Progress], None]
@@ -148,13 +161,17 @@ def train(
         UsageError: no such network, `start` is another one, or what was kept is another training.
         InputRefused: `start` does not fit the data.
         AnswerIsNo: the training diverged.
+        OutOfResource: it does not fit into the limits.
     """
+    from memopt_models.training_memory import Ledger, settle  # which are built on what is here
+    from memopt_models.training_probe import Subject
+
     first = begin(network, settings, data, how, start=start)
-    data = data_for(first, data)
-    module = first.module()
-    given = identify(first)
-    fit_module(module, data, how, cross_entropy, on_step, stage="train", keep=keep, made_from=given, team=team)
-    used = {"network": network, "settings": first.settings, **asdict(how), **describe(data)}
+    data, ledger, given = data_for(first, data), Ledger(on_step), identify(first)
+    how = settle(Subject(first), data, how, ledger, stage="train", keep=keep, team=team)
+    module, first = first.module(), replace(first, state={})  # the module has it now
+    fit_module(module, data, how, cross_entropy, ledger, stage="train", keep=keep, made_from=given, team=team)
+    used = {"network": network, "settings": first.settings, **asdict(how), **describe(data), "memory": ledger.memory}
     parents = () if start is None else (start.sha256,)
     metrics = measure(module, data) if team.is_first else {}
     return first.advance("train", module, settings=used, metrics=metrics, parents=parents)
@@ -227,8 +244,13 @@ class Training:
     best: BestWeights
     team: Team
     worker: nn.Module  # what goes forward and is optimized: the module itself, or what stands for it in a team
-    epoch: int = 0  # epochs done
+    ended: list[Progress] = field(default_factory=list)  # how each epoch done has ended
     best_top1: float = -1.0
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return len(self.ended)
 
 
 def fit_module(
@@ -260,22 +282,28 @@ def fit_module(
         AnswerIsNo: the loss is no longer finite.
         BackendError: there is no such device.
         UsageError: what was kept is another training, or a batch is too small for the team.
+        OutOfResource: there is not enough memory, or the limits would be passed.
     """
     report = on_step or _ignore
-    asked, how = how, how.settled(len(data.train))
+    how = how.settled(len(data.train))
     steps = math.ceil(len(data.train) / how.batch_size)
     if len(data.train) // steps < team.size:
         raise UsageError(f"a batch of {len(data.train) // steps} cannot be divided among {team.size} processes")
     with ExitStack() as stack:
         stack.enter_context(_seeded(how.seed))  # for dropout and its like
         stack.enter_context(_threads(how.threads))
+        device, limits = find_device(how.device), (how.max_memory_bytes, how.max_device_memory_bytes)
+        stack.enter_context(limited(device, host_bytes=limits[0], device_bytes=limits[1]))
         meter = stack.enter_context(PeakMeter())
         training = stack.enter_context(_begin_training(module, how, team, steps=how.epochs * steps))
         kept = None
         if keep is not None:
-            start = {"start": digest_state(module.state_dict())}
-            kept = keep.training(stage, {"how": asdict(asked), **describe(data), **made_from, **start}, team=team)
-            kept.restore(training)
+            kept = keep.training(stage, {**_depends_on(module, data, how), **made_from}, team=team)
+            note = kept.restore(training)
+            if note:
+                report(Progress(stage, training.epoch, how.epochs, 0, 0, math.nan, note=note))
+            for progress in training.ended:
+                report(progress)
         while training.epoch < how.epochs:
             meter.restart()
             for progress in _run_epoch(
@@ -283,17 +311,14 @@ def fit_module(
             ):
                 if progress.step < steps:
                     report(progress)
-            top1 = _end_epoch(training, data)
+            top1, peak_device_bytes = _end_epoch(training, data), _device_peak(training.device)
+            progress = replace(
+                progress, validation_top1=top1, peak_bytes=meter.read(), peak_device_bytes=peak_device_bytes
+            )
+            training.ended.append(progress)
             if kept is not None:
                 kept.store(training)
-            report(
-                replace(
-                    progress,
-                    validation_top1=top1,
-                    peak_bytes=meter.read(),
-                    peak_device_bytes=_device_peak(training.device),
-                )
-            )
+            report(progress)
         training.best.restore(module)
     module.eval()
     return training.best_top1
@@ -408,6 +433,12 @@ def _run_epoch(training: Training, data: DataSet, loss_function: Loss, progress:
         yield replace(progress, step=step, loss=total / step)
 
 
+def _depends_on(module: nn.Module, data: DataSet, how: TrainSettings) -> dict[str, Any]:
+    """What decides the result of a training, as far as it can be seen here: of limits it is independent."""
+    unlimited = replace(how, max_memory_bytes=None, max_device_memory_bytes=None)
+    return {"how": asdict(unlimited), **describe(data), "start": digest_state(module.state_dict())}
+
+
 def _seed_epoch(training: Training) -> None:
     """All that is random in an epoch follows from the seed and its number: whoever goes on needs no state of it.
 
@@ -470,10 +501,9 @@ def _micro_batches(training: Training, data: DataSet, rows: Array) -> Iterator[t
 
 
 def _end_epoch(training: Training, data: DataSet) -> float:
-    """Counts the epoch, keeps its weights if they are the best so far; its validation top-1."""
+    """Keeps the weights of the epoch if they are the best so far; their validation top-1."""
     training.team.gather(training.worker, training.module)
     top1 = _validate(training, data)
-    training.epoch += 1
     if top1 >= training.best_top1:
         training.best_top1 = top1
         training.best.keep(training.module)

@@ -60,10 +60,12 @@ def run(
     case = CASES[name]
 
     def on_step(progress: Progress) -> None:
+        if progress.note:
+            say(progress.note)
         if case.stop_after is not None and progress.epoch > case.stop_after:
             raise CutOffError
 
-    keep = Keep(folder / f"{name}.safetensors", say)
+    keep = Keep(folder / f"{name}.safetensors")
     try:
         return train(
             case.network, SETTINGS[case.network], data, case.how,
