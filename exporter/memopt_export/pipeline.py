@@ -290,7 +290,7 @@ def pack_bundle(
             labels=work.data.classes,
             preprocess=work.data.preprocess,
             golden_inputs=golden.pick(slice(None)).feeds,
-            golden_pictures=golden.split.images if isinstance(golden, Pictures) else None,
+            golden_pictures=golden.pictures if isinstance(golden, Pictures) else None,
             lineage=tuple(_lineage(work, checkpoints, graphs, engines)),
             license=work.job.license,
             tools=tool_versions(),
