@@ -31,13 +31,12 @@ LONG = replace(ONE, epochs=2, schedule="onecycle", optimizer="sgd")
 CASES = {
     "ddp": Case(ONE),
     "ddp-moved-in-parts": Case(replace(ONE, shift=2, accumulate=3, optimizer="adamw")),
-    "ddp-in-single-samples": Case(replace(ONE, batch_size=9, accumulate=5)),
+    "ddp-in-single-samples": Case(replace(ONE, batch_size=9, accumulate=5, optimizer="sgd")),
     "fsdp2": Case(ONE, "fsdp2"),
-    "fsdp2-in-single-samples": Case(replace(ONE, batch_size=9, accumulate=5), "fsdp2"),
+    "fsdp2-in-single-samples": Case(replace(ONE, batch_size=9, accumulate=5, optimizer="sgd"), "fsdp2"),
     "fsdp2-moved-in-parts": Case(replace(LONG, shift=2, accumulate=2), "fsdp2"),
-    "ddp-in-bf16": Case(replace(ONE, precision="bf16", optimizer="sgd")),
     "fsdp2-checkpointing": Case(replace(ONE, checkpointing="blocks"), "fsdp2"),
-    "ddp-batchnorm": Case(ONE, network="ds_cnn"),
+    "ddp-batchnorm": Case(replace(ONE, precision="bf16"), network="ds_cnn"),
     "ddp-cut-off": Case(LONG, stop_after=1),
     "fsdp2-cut-off": Case(replace(LONG, optimizer="adam"), "fsdp2", stop_after=1),
     "ddp-gone-on": Case(LONG),  # what one process has begun, two go on with
