@@ -200,7 +200,7 @@ def test_process_without_others_is_a_team_of_one(environment: dict[str, str]) ->
 FAILED = [
     ({0: 5, 1: -9}, {0: Lost("gone")}, OutOfResource, "process 1 of 3 was killed by SIGKILL"),
     ({1: -11}, {}, BackendError, "process 1 of 3 was killed by SIGSEGV"),
-    ({0: 5, 2: 3}, {0: Lost("gone"), 2: InputRefused("bad data", hint="better")}, InputRefused, "bad data; hint: better"),
+    ({0: 5, 2: 3}, {0: Lost("gone"), 2: InputRefused("bad data", hint="better")}, InputRefused, "bad data; hint"),
     ({0: 5, 1: 5}, {0: Lost("gone"), 1: Lost("gone too")}, BackendError, "gone"),
 ]  # fmt: skip
 
