@@ -173,7 +173,7 @@ class _Search:
         )
 
     def explain(self, chosen: int) -> str:
-        """What was chosen and why: "micro-batch 4 x 16 = 64: peak 281 MiB of 300 MiB; 8 would need 398 MiB"."""
+        """What was chosen and why: "micro-batch 4 x 16 = 64: peak 238 MiB of 305 MiB; 8 would need 318 MiB"."""
         how, peak = _with_part(self.how, chosen), self.found[chosen]
         assert isinstance(peak, Peak)
         text = f"micro-batch {chosen} x {how.accumulate} = {how.batch_size}: peak {self.show(peak)}"
