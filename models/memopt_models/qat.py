@@ -13,10 +13,15 @@ from memopt_models.checkpoint import QUANTIZATION, Checkpoint
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure
 from memopt_models.integer_kernels import PLACES
-from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module
+from memopt_models.resume import Keep
+from memopt_models.team import ALONE, Team
+from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module, identify
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+Fit = Callable[["nn.Module"], None]  # trains the module
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,9 @@ class QatSettings:
 
 
 def train_rounded(
-    checkpoint: Checkpoint, data: DataSet, how: QatSettings, *, on_step: OnStep | None = None
-) -> Checkpoint:
+    checkpoint: Checkpoint, data: DataSet, how: QatSettings, *, on_step: OnStep | None = None,
+    keep: Keep | None = None, team: Team = ALONE,
+) -> Checkpoint:  # fmt: skip
     """The checkpoint, trained on with its weights and activations rounded.
 
     The metrics are those of the rounded network, and of the float one before, "validation_top1_float" and
@@ -56,15 +62,26 @@ def train_rounded(
         data: to train and to measure on.
         how: precision, target, training.
         on_step: called after every step.
+        keep: see `train`.
+        team: see `train`.
 
     Raises:
         InputRefused: the data does not fit the checkpoint, or torch cannot trace its network.
         AnswerIsNo: the training diverged, or nothing in the network can be rounded.
     """
     data = data_for(checkpoint, data)
-    before = {f"{name}_float": value for name, value in measure(checkpoint.module(), data).items()}
-    draft = METHODS[how.precision](checkpoint, data, how, on_step)
-    metrics = measure(deployed(draft), data) | before
+    made_from = identify(checkpoint) | {"rounded": {**asdict(how), "train": None}}
+
+    def fit(module: nn.Module) -> None:
+        fit_module(
+            module, data, how.train, cross_entropy, on_step, stage="qat", keep=keep, made_from=made_from, team=team
+        )
+
+    draft = METHODS[how.precision](checkpoint, how, fit)
+    metrics: dict[str, float] = {}
+    if team.is_first:
+        before = {f"{name}_float": value for name, value in measure(checkpoint.module(), data).items()}
+        metrics = measure(deployed(draft), data) | before
     return checkpoint.advance(
         "qat", draft.module(), settings={**asdict(how), **describe(data)}, metrics=metrics,
         parents=(checkpoint.sha256,), quantization=draft.quantization,
@@ -89,9 +106,9 @@ def deployed(checkpoint: Checkpoint) -> nn.Module:
     return DEPLOYED[method](checkpoint)
 
 
-def _train_int8(checkpoint: Checkpoint, data: DataSet, how: QatSettings, on_step: OnStep | None) -> Checkpoint:
+def _train_int8(checkpoint: Checkpoint, how: QatSettings, fit: Fit) -> Checkpoint:
     rounded = pt2e.rounded(checkpoint, how.target)
-    fit_module(rounded.module, data, how.train, cross_entropy, on_step, stage="qat")
+    fit(rounded.module)
     scales = {f"{QUANTIZATION}{name}": tensor for name, tensor in rounded.ranges().items()}
     return replace(
         checkpoint,
@@ -100,13 +117,11 @@ def _train_int8(checkpoint: Checkpoint, data: DataSet, how: QatSettings, on_step
     )
 
 
-def _train_weights(
-    bits: int, checkpoint: Checkpoint, data: DataSet, how: QatSettings, on_step: OnStep | None
-) -> Checkpoint:
+def _train_weights(bits: int, checkpoint: Checkpoint, how: QatSettings, fit: Fit) -> Checkpoint:
     made = ste.gridded(
         checkpoint, bits, layers=how.layer_bits, per_channel=how.per_channel, biases=how.round_biases
     )  # fmt: skip
-    fit_module(made.module, data, how.train, cross_entropy, on_step, stage="qat")
+    fit(made.module)
     steps = {f"{QUANTIZATION}{name}": step for name, step in made.steps().items()}
     return replace(
         checkpoint, state=made.state(checkpoint) | steps, quantization={"method": ste.METHOD, "bits": made.bits}
@@ -114,7 +129,7 @@ def _train_weights(
 
 
 # By precision: what trains a checkpoint, and returns it with weights, scales and `quantization`; the rest is as before.
-METHODS: dict[str, Callable[[Checkpoint, DataSet, QatSettings, OnStep | None], Checkpoint]] = {
+METHODS: dict[str, Callable[[Checkpoint, QatSettings, Fit], Checkpoint]] = {
     "int8": _train_int8,
     **{f"int{bits}-weights": partial(_train_weights, bits) for bits in ste.BITS},
 }

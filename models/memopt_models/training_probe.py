@@ -22,6 +22,7 @@ from memopt.strict_json import from_json, to_json
 from memopt_models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from memopt_models.dataset import DataSet, Split
 from memopt_models.factories import load_factory
+from memopt_models.networks import find_factory
 from memopt_models.out_of_memory import means_out_of_memory, release_at_once
 from memopt_models.train import Loss, Progress, TrainSettings, cross_entropy, fit_module
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 STEPS = 2  # Adam's state comes at the end of the first step, and meets the activations in the second
 # The child finds modules where this process does, but not in the current folder: a user's statistics.py is not ours.
 _CHILD = "import sys; sys.path = sys.argv[1:]; from memopt_models.training_probe import main; sys.exit(main())"
-_TOO_FEW = "Expected more than 1 value per channel"  # torch's BatchNorm, when it gets one sample of 1x1 features
+TOO_FEW = "Expected more than 1 value per channel"  # torch's BatchNorm, when it gets one sample of 1x1 features
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ def _measure_here(request: _Request) -> _Answer:
     data = _made_up(first, request.how)
     make: Callable[..., tuple[nn.Module, Loss]] = load_factory(request.make)
     named = dict(zip(list(request.checkpoints)[1:], others, strict=True))
+    for network in set(request.networks.values()):
+        find_factory(network)  # imports what this process's parent has imported already
     held = settled_resident()
     seen: list[Progress] = []
     try:
@@ -170,9 +173,9 @@ def _measure_here(request: _Request) -> _Answer:
             del first, named, others  # as whoever trains does
             fit_module(module, data, request.how, loss, seen.append, stage="probe")
     except Exception as error:  # what libraries make of a refused allocation has no class of its own
-        if means_out_of_memory(error):
+        if means_out_of_memory(error) or means_out_of_memory(error.__cause__):
             return _Answer(refused="too much")
-        if _TOO_FEW in str(error):
+        if TOO_FEW in str(error):
             return _Answer(refused="too few")
         raise
     peak_bytes = seen[-1].peak_bytes
