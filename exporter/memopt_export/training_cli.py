@@ -39,7 +39,14 @@ class NumberOrAuto(click.ParamType[int]):
 
 
 def _training(command: Command) -> Command:
-    """The options of everything that trains."""
+    """The options of everything that trains floats."""
+    for option in (*_LEARNING, *_MEMORY, *_FLOATS, seed_option):
+        command = option(command)
+    return command
+
+
+def _rounded_training(command: Command) -> Command:
+    """Those of what trains a traced network, in float32 only: it has no blocks any more."""
     for option in (*_LEARNING, *_MEMORY, seed_option):
         command = option(command)
     return command
@@ -62,14 +69,6 @@ _LEARNING = (
 _MEMORY = (
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, or auto: cuda where there is one."),
     click.option(
-        "--precision", default="fp32", show_default=True,
-        help="In which layers compute: fp32, bf16 or fp16; weights stay fp32. A CPU is slow in fp16.",
-    ),
-    click.option(
-        "--checkpointing", default="off", show_default=True,
-        help="blocks: activations inside of blocks are computed again instead of held.",
-    ),
-    click.option(
         "--accumulate", type=NumberOrAuto(), default="auto", show_default=True, metavar="N|auto",
         help="Parts of a batch, one in memory at a time; auto: as few as the limits allow, measured.",
     ),
@@ -81,6 +80,17 @@ _MEMORY = (
     click.option(
         "--max-device-memory", "max_device_memory_bytes", type=Size(), metavar="SIZE",
         help="What torch may allocate on the GPU; kept.",
+    ),
+)  # fmt: skip
+
+_FLOATS = (
+    click.option(
+        "--precision", default="fp32", show_default=True,
+        help="In which layers compute: fp32, bf16 or fp16; weights stay fp32. A CPU is slow in fp16.",
+    ),
+    click.option(
+        "--checkpointing", default="off", show_default=True,
+        help="blocks: activations inside of blocks are computed again instead of held.",
     ),
 )  # fmt: skip
 
@@ -187,7 +197,7 @@ def distill(
 @click.option("--precision", default="int8", show_default=True, help="To which the weights are rounded: int8.")
 @click.option("--target", default="cpu", show_default=True, help="Who computes it: cpu (ONNX Runtime) or tensorrt.")
 @training_data_option
-@_training
+@_rounded_training
 @output_option
 @data_root_option
 @force_option

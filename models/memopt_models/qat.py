@@ -35,6 +35,9 @@ class QatSettings:
         for name, table in (("precision", METHODS), ("target", PLACES)):
             if getattr(self, name) not in table:
                 raise UsageError(f"{name} {getattr(self, name)!r} is not known", hint=", ".join(table))
+        for name, only in (("precision", "fp32"), ("checkpointing", "off")):
+            if getattr(self.train, name) != only:
+                raise UsageError(f"{name} is {getattr(self.train, name)!r}, a rounded network trains with {only!r}")
         for name, bits in self.layer_bits.items():
             if bits not in (*ste.BITS, ste.FLOAT):
                 known = ", ".join(map(str, (*ste.BITS, ste.FLOAT)))
@@ -96,7 +99,7 @@ def _train_int8(checkpoint: Checkpoint, data: DataSet, how: QatSettings, on_step
     return replace(
         checkpoint,
         state=rounded.state() | scales,
-        quantization={"method": "pt2e", "precision": how.precision, "target": how.target},
+        quantization={"method": pt2e.METHOD, "precision": how.precision, "target": how.target},
     )
 
 
@@ -119,4 +122,4 @@ METHODS: dict[str, Callable[[Checkpoint, DataSet, QatSettings, OnStep | None], C
     **{f"int{bits}-weights": partial(_train_weights, bits) for bits in ste.BITS},
 }
 # By method of rounding: the network of such a checkpoint that is exported.
-DEPLOYED: dict[str, Callable[[Checkpoint], nn.Module]] = {"pt2e": pt2e.converted, ste.METHOD: pt2e.folded}
+DEPLOYED: dict[str, Callable[[Checkpoint], nn.Module]] = {pt2e.METHOD: pt2e.converted, ste.METHOD: pt2e.folded}
