@@ -55,7 +55,7 @@ def limited(device: torch.device, *, host_bytes: int | None, device_bytes: int |
             ) from error
 
 
-def means_out_of_memory(error: BaseException) -> bool:
+def means_out_of_memory(error: BaseException | None) -> bool:
     """Whether an exception says that memory was refused.
 
     >>> means_out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"))

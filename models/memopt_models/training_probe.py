@@ -22,6 +22,7 @@ from memopt.strict_json import from_json, to_json
 from memopt_models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from memopt_models.dataset import DataSet, Split
 from memopt_models.factories import load_factory
+from memopt_models.networks import find_factory
 from memopt_models.out_of_memory import means_out_of_memory, release_at_once
 from memopt_models.train import Loss, Progress, TrainSettings, cross_entropy, fit_module
 
@@ -162,6 +163,8 @@ def _measure_here(request: _Request) -> _Answer:
     data = _made_up(first, request.how)
     make: Callable[..., tuple[nn.Module, Loss]] = load_factory(request.make)
     named = dict(zip(list(request.checkpoints)[1:], others, strict=True))
+    for network in set(request.networks.values()):
+        find_factory(network)  # imports what this process's parent has imported already
     held = settled_resident()
     seen: list[Progress] = []
     try:
@@ -170,7 +173,7 @@ def _measure_here(request: _Request) -> _Answer:
             del first, named, others  # as whoever trains does
             fit_module(module, data, request.how, loss, seen.append, stage="probe")
     except Exception as error:  # what libraries make of a refused allocation has no class of its own
-        if means_out_of_memory(error):
+        if means_out_of_memory(error) or means_out_of_memory(error.__cause__):
             return _Answer(refused="too much")
         if _TOO_FEW in str(error):
             return _Answer(refused="too few")
