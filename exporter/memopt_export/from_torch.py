@@ -15,6 +15,7 @@ from memopt.errors import AnswerIsNo, InputRefused, first_line
 from memopt.strict_json import to_json
 from memopt.tensors import Array, TensorSpec, show_shape
 from memopt.torch_runtime import SPECS
+from memopt_export import compact as compacting
 from memopt_export import grids
 from memopt_export.graph import Graph, run_graph
 from memopt_export.provenance import Provenance
@@ -67,12 +68,13 @@ class Exported:
     program: bytes
 
 
-def export(checkpoint: Checkpoint, samples: Array) -> Exported:
+def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False) -> Exported:
     """The checkpoint as an ONNX graph with a free batch dimension.
 
     Args:
         checkpoint: what to export.
         samples: real inputs, (samples, ...), at least two; parity is proved on them.
+        compact: whether the graph is brought to few bytes, see `compact.compact`.
 
     Raises:
         InputRefused: torch cannot export the network, or there are no samples.
@@ -98,6 +100,8 @@ def export(checkpoint: Checkpoint, samples: Array) -> Exported:
     method = checkpoint.quantization.get("method")
     if method is not None:
         graph = _ROUNDED[method](graph, checkpoint, module)
+    if compact:
+        graph = compacting.compact(graph)
     parity = prove_parity(graph, samples, expected.numpy(), rounded=method == pt2e.METHOD)
     if not parity.holds:
         raise AnswerIsNo(f"the graph differs from torch by {parity.max_difference:.3g} on {parity.samples} samples")
@@ -105,6 +109,20 @@ def export(checkpoint: Checkpoint, samples: Array) -> Exported:
         with quiet():
             program = pt2e.without_torchao(program)
     return Exported(graph, parity, _serialize(program, graph))
+
+
+def draft(checkpoint: Checkpoint) -> Graph:
+    """The checkpoint as a graph whose outputs nobody has compared with torch's: for plans, not to be run.
+
+    Raises:
+        InputRefused: torch cannot export the network.
+    """
+    import torch
+
+    example = torch.zeros(checkpoint.inputs[0].at_batch(2))
+    with quiet():
+        program = trace(checkpoint.module(), example, checkpoint.network)
+        return simplify(_to_graph(program, example, checkpoint))
 
 
 def prove_parity(graph: Graph, samples: Array, expected: Array, *, rounded: bool = False) -> Parity:

@@ -179,9 +179,11 @@ def prune_dense(work: Work, dense: Outcome) -> Outcome:
     assert asked is not None
 
     def make(folder: Path) -> None:
+        from memopt_export.planned_memory import planner
         from memopt_models.prune import prune
 
-        _save(prune(_load(dense, work.job.train.network), work.data, asked, on_step=work.on_progress), folder)
+        begin = _load(dense, work.job.train.network)
+        _save(prune(begin, work.data, asked, price=planner(), on_step=work.on_progress), folder)
 
     return work.stages.run("prune", {"job": asked, "dense": dense.sha256, "data": work.data.fingerprint}, make)
 
@@ -290,7 +292,7 @@ def pack_bundle(
             labels=work.data.classes,
             preprocess=work.data.preprocess,
             golden_inputs=golden.pick(slice(None)).feeds,
-            golden_pictures=golden.split.images if isinstance(golden, Pictures) else None,
+            golden_pictures=golden.pictures if isinstance(golden, Pictures) else None,
             lineage=tuple(_lineage(work, checkpoints, graphs, engines)),
             license=work.job.license,
             tools=tool_versions(),

@@ -422,6 +422,7 @@ def _configure(trt: Any, builder: Any, request: _Request) -> Any:
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else large tensors are left out of the logged bytes
+    config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)  # the pattern 2:4, where weights have it
     for profile in request.profiles:
         shapes = builder.create_optimization_profile()
         for name in profile.min:

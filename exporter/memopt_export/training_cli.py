@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from memopt_export.options import (
+    Amount,
     Command,
+    Memory,
     Size,
     as_json_option,
     data_root_option,
@@ -131,9 +133,36 @@ def train(
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @factory_option
-@click.option("--ratio", type=float, default=0.5, show_default=True, help="Share of the channels that goes.")
-@click.option("--method", default="l2", show_default=True, help="l1 or l2: the norm by which channels are ranked.")
+@click.option("--ratio", type=float, help="Share of the channels that goes; 0.5 unless a target is given.")
+@click.option("--target-macs", type=Amount(), metavar="N", help="Multiply-accumulates left: a share, or 300M.")
+@click.option("--target-params", type=Amount(), metavar="N", help="Parameters left: a share, or 1.2M.")
+@click.option(
+    "--target-memory",
+    type=Memory(),
+    metavar="SIZE",
+    help="Planned memory left at --batch, weights and peak of activations: a share, or 24MiB.",
+)
+@click.option("--batch", type=int, default=1, show_default=True, help="At which memory is planned.")
+@click.option("--sparsity", type=float, metavar="SHARE", help="No channels: this share of the weights becomes zero.")
+@click.option("--pattern", metavar="N:M", help="No channels: zeros so that N of every M weights stay, such as 2:4.")
+@click.option(
+    "--method", default="l2", show_default=True, help="By which channels rank: l1, l2, taylor, bn-scale, random."
+)
+@click.option("--scope", default="layer", show_default=True, help="Where they compete: layer or global.")
+@click.option("--steps", type=int, default=1, show_default=True, help="In so many, --epochs divided between them.")
 @click.option("--round-to", type=int, default=1, show_default=True, help="Channel numbers become multiples of this.")
+@click.option("--protect", multiple=True, metavar="PATTERN", help="Layers that stay as they are, such as 'layer1.*'.")
+@click.option(
+    "--way",
+    "ways",
+    multiple=True,
+    metavar="WAY",
+    help="channels or hidden; both, one after the other, unless given.",
+)
+@click.option(
+    "--analysis-memory", type=Size(), default="4GiB", show_default=True, help="Of the process that follows the graph."
+)
+@click.option("--analysis-seconds", type=float, default=300.0, show_default=True, help="Its time, for one network.")
 @training_data_option
 @_training
 @output_option
@@ -141,16 +170,18 @@ def train(
 @force_option
 @as_json_option
 def prune(
-    checkpoint: Path, network: str | None, ratio: float, method: str, round_to: int, data: str, output: Path,
-    data_root: Path | None, force: bool, as_json: bool, **how: Any,
+    checkpoint: Path, network: str | None, data: str, output: Path, data_root: Path | None, force: bool,
+    as_json: bool, **how: Any,
 ) -> None:  # fmt: skip
-    """Take channels out of CHECKPOINT, so that its tensors shrink, and fine-tune it (--epochs 0: not)."""
-    from memopt_export import console, training_commands
-    from memopt_models.prune import PruneSettings
-    from memopt_models.train import TrainSettings
+    """Make CHECKPOINT smaller, and fine-tune what is left (--epochs 0: not).
 
-    finetune = TrainSettings(**how) if how["epochs"] else None
-    settings = PruneSettings(ratio=ratio, method=method, round_to=round_to, finetune=finetune)
+    Channels that depend on each other leave all tensors that have them (way "channels"), or, in networks whose graph
+    is not understood, features between two layers (way "hidden"). --sparsity and --pattern set single weights to
+    zero instead, which shrinks no tensor: compressed files get smaller, TensorRT gets faster with 2:4.
+    """
+    from memopt_export import console, training_commands
+
+    settings = training_commands.pruning_settings(**how)
     with console.training() as on_step:
         saved = training_commands.prune(
             checkpoint, data, settings, output, network=network, data_root=data_root, force=force, on_step=on_step
@@ -194,8 +225,20 @@ def distill(
 @click.command(context_settings={"default_map": {"epochs": 3, "learning_rate": 1e-4}})
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @factory_option
-@click.option("--precision", default="int8", show_default=True, help="To which the weights are rounded: int8.")
-@click.option("--target", default="cpu", show_default=True, help="Who computes it: cpu (ONNX Runtime) or tensorrt.")
+@click.option(
+    "--precision",
+    default="int8",
+    show_default=True,
+    help="int8, or of weights alone int8-weights, int4-weights, int2-weights.",
+)
+@click.option("--target", default="cpu", show_default=True, help="Who computes int8: cpu (ONNX Runtime) or tensorrt.")
+@click.option(
+    "--layer-bits",
+    multiple=True,
+    metavar="NAME=BITS",
+    help="Of weights alone: 2, 4, 8, or 32 for float; may be repeated.",
+)
+@click.option("--per-channel", is_flag=True, help="Of weights alone: a step for each output channel, 4 bytes each.")
 @training_data_option
 @_rounded_training
 @output_option
@@ -203,18 +246,25 @@ def distill(
 @force_option
 @as_json_option
 def qat(
-    checkpoint: Path, network: str | None, precision: str, target: str, data: str, output: Path,
-    data_root: Path | None, force: bool, as_json: bool, **how: Any,
+    checkpoint: Path, network: str | None, precision: str, target: str, layer_bits: Sequence[str], per_channel: bool,
+    data: str, output: Path, data_root: Path | None, force: bool, as_json: bool, **how: Any,
 ) -> None:  # fmt: skip
-    """Train CHECKPOINT on, its weights and activations rounded as the deployed network rounds them.
+    """Train CHECKPOINT on, its weights and activations, or its weights alone, rounded as the deployed network is.
 
-    `memopt-export export` makes the rounded ONNX graph of the result: nothing is left to quantize.
+    `memopt-export export` makes the rounded ONNX graph of the result: nothing is left to quantize. Weights of few bits
+    make the smallest files (export --compact), which are floats again in memory; int8 is small there too.
     """
     from memopt_export import console, training_commands
     from memopt_models.qat import QatSettings
     from memopt_models.train import TrainSettings
 
-    asked = QatSettings(TrainSettings(**how), precision=precision, target=target)
+    asked = QatSettings(
+        TrainSettings(**how),
+        precision=precision,
+        target=target,
+        layer_bits=read_settings(layer_bits),
+        per_channel=per_channel,
+    )
     with console.training() as on_step:
         saved = training_commands.qat(
             checkpoint, data, asked, output, network=network, data_root=data_root, force=force, on_step=on_step

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memopt.errors import UsageError
 from memopt.files import refuse_to_overwrite
 
 if TYPE_CHECKING:
     from memopt_models.checkpoint import Checkpoint
     from memopt_models.distill import DistillSettings
+    from memopt_models.layer_costs import Shrunk
     from memopt_models.prune import PruneSettings
     from memopt_models.qat import QatSettings
+    from memopt_models.sparsity import SparsitySettings
     from memopt_models.train import OnStep, TrainSettings
 
 
@@ -27,6 +30,15 @@ class SavedCheckpoint:
     size_bytes: int
     sha256: str
     metrics: dict[str, float]
+    pruned: Pruned | None = None  # where that is what was done
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a pruning did."""
+
+    note: dict[str, Any]  # the settings of its stage in the lineage
+    parts: tuple[Shrunk, ...]
 
 
 def train(
@@ -45,18 +57,60 @@ def train(
 
 
 def prune(
-    checkpoint: Path, data: str, how: PruneSettings, output: Path, *, network: str | None = None,
+    checkpoint: Path, data: str, how: PruneSettings | SparsitySettings, output: Path, *, network: str | None = None,
     data_root: Path | None = None, force: bool = False, on_step: OnStep | None = None,
 ) -> SavedCheckpoint:  # fmt: skip
-    """A pruned and fine-tuned checkpoint."""
+    """A pruned and fine-tuned checkpoint, and what became of its layers."""
+    from memopt_export.planned_memory import planner
     from memopt_models import prune as pruning
+    from memopt_models import sparsity
     from memopt_models.checkpoint import load_checkpoint
     from memopt_models.data import open_data
+    from memopt_models.layer_costs import compare_layers
 
     refuse_to_overwrite(output, force=force)
-    begin = load_checkpoint(checkpoint, network=network)
-    made = pruning.prune(begin, open_data(data, root=data_root), how, on_step=on_step)
-    return _save_checkpoint(made, output, force)
+    begin, opened = load_checkpoint(checkpoint, network=network), open_data(data, root=data_root)
+    if isinstance(how, pruning.PruneSettings):
+        made = pruning.prune(begin, opened, how, price=planner(), on_step=on_step)
+    else:
+        made = sparsity.sparsify(begin, opened, how, on_step=on_step)
+    saved = _save_checkpoint(made, output, force)
+    return replace(saved, pruned=Pruned(made.lineage[-1].settings, compare_layers(begin, made)))
+
+
+def pruning_settings(
+    *, ratio: float | None, target_macs: float | None, target_params: float | None, target_memory: float | None,
+    batch: int, sparsity: float | None, pattern: str | None, method: str, scope: str, steps: int, round_to: int,
+    protect: Sequence[str], ways: Sequence[str], analysis_memory: int, analysis_seconds: float, **training: Any,
+) -> PruneSettings | SparsitySettings:  # fmt: skip
+    """What the options of `prune` ask for.
+
+    Raises:
+        UsageError: two of them contradict each other.
+    """
+    from memopt_models.prune import PruneSettings
+    from memopt_models.prune_apart import Limits
+    from memopt_models.sparsity import Magnitude, SparsitySettings, parse_pattern
+    from memopt_models.targets import Target
+    from memopt_models.train import TrainSettings
+
+    targets = {"macs": target_macs, "params": target_params, "memory": target_memory}
+    asked = {"ratio": ratio, "sparsity": sparsity, "pattern": pattern}
+    asked |= {f"target-{name}": amount for name, amount in targets.items()}
+    given = [f"--{name}" for name, value in asked.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} say how much goes, one of them is enough")
+    finetune = TrainSettings(**training) if training["epochs"] else None
+    if sparsity is not None or pattern is not None:
+        kind = Magnitude(sparsity, scope) if sparsity is not None else parse_pattern(pattern or "")
+        return SparsitySettings(kind, tuple(protect), finetune)
+    target = next((Target(name, amount, batch) for name, amount in targets.items() if amount is not None), None)
+    settings = PruneSettings(
+        target=target, method=method, scope=scope, round_to=round_to, protect=tuple(protect), steps=steps,
+        limits=Limits(analysis_memory, analysis_seconds), finetune=finetune,
+    )  # fmt: skip
+    settings = replace(settings, ratio=ratio) if ratio is not None else settings
+    return replace(settings, ways=tuple(ways)) if ways else settings
 
 
 def distill(

@@ -12,7 +12,6 @@ import numpy as np
 
 from memopt.errors import AnswerIsNo, BackendError, InputRefused, UsageError
 from memopt.memory import PeakMeter
-from memopt.preprocess import prepare
 from memopt.strict_json import to_plain
 from memopt.tensors import Array, show_shape
 from memopt_models import networks
@@ -20,6 +19,7 @@ from memopt_models.best_weights import BestWeights
 from memopt_models.checkpoint import Checkpoint, snapshot
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure, score
+from memopt_models.feed import Feeder, draw_moves
 from memopt_models.out_of_memory import limited
 from memopt_models.recompute import recomputed
 
@@ -290,26 +290,6 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, inputs: torch.Tens
     return functional.cross_entropy(logits, labels)
 
 
-def shift_pictures(images: Array, distance: int, rng: np.random.Generator) -> Array:
-    """Each picture moved by up to `distance` pixels up, down, left or right; the edge pixels fill what comes in.
-
-    Args:
-        images: (n, height, width, channels).
-        distance: pixels; 0 gives the pictures as they are.
-        rng: draws the moves.
-    """
-    if distance == 0:
-        return images
-    n, height, width, _ = images.shape
-    margin = (distance, distance)
-    padded = np.pad(images, ((0, 0), margin, margin, (0, 0)), mode="edge")
-    down, right = rng.integers(0, 2 * distance + 1, (2, n))
-    rows = (down[:, None] + np.arange(height))[:, :, None]  # (n, height, 1)
-    columns = (right[:, None] + np.arange(width))[:, None, :]  # (n, 1, width)
-    moved: Array = padded[np.arange(n)[:, None, None], rows, columns]
-    return moved
-
-
 def _adam(module: nn.Module, how: TrainSettings) -> torch.optim.Optimizer:
     import torch
 
@@ -379,9 +359,10 @@ def _run_epoch(training: Training, data: DataSet, loss_function: Loss, progress:
     """Takes one step for each batch; yields the progress after it, with the mean loss so far."""
     total = 0.0
     training.module.train()
+    feeder = _feeder(training, data)
     batches = np.array_split(training.rng.permutation(len(data.train)), progress.steps)
     for step, rows in enumerate(batches, start=1):
-        total += _take_step(training, data, rows, loss_function)
+        total += _take_step(training, feeder, rows, loss_function)
         if not math.isfinite(total):
             raise AnswerIsNo(
                 f"{progress.stage} diverged: the loss is {total} in epoch {progress.epoch}, step {step}",
@@ -390,7 +371,7 @@ def _run_epoch(training: Training, data: DataSet, loss_function: Loss, progress:
         yield replace(progress, step=step, loss=total / step)
 
 
-def _take_step(training: Training, data: DataSet, rows: Array, loss_function: Loss) -> float:
+def _take_step(training: Training, feeder: Feeder, rows: Array, loss_function: Loss) -> float:
     """One optimizer step on these rows of the train split; their mean loss.
 
     A part of a batch counts by its samples, so that the gradient is that of the whole batch, whatever its parts. (Where
@@ -399,7 +380,7 @@ def _take_step(training: Training, data: DataSet, rows: Array, loss_function: Lo
     import torch
 
     total = torch.zeros((), device=training.device)
-    for inputs, labels in _micro_batches(training, data, rows):
+    for inputs, labels in _micro_batches(training, feeder, rows):
         with _computing_in(training.how.precision, training.device):
             loss = loss_function(training.module(inputs).float(), labels, inputs) * (len(labels) / len(rows))
         training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -413,21 +394,21 @@ def _take_step(training: Training, data: DataSet, rows: Array, loss_function: Lo
     return total.item()
 
 
-def _micro_batches(training: Training, data: DataSet, rows: Array) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs and labels of each part of a batch, on the device; only uint8 pictures are held of the whole batch."""
+def _feeder(training: Training, data: DataSet) -> Feeder:
+    """What gives parts of batches, laid out as the network is."""
     import torch
 
-    how, device = training.how, training.device
-    layout = torch.channels_last if how.channels_last else torch.preserve_format
-    batch = data.train.pick(np.sort(rows))  # sorted: a mapped file is read from front to back
-    images = shift_pictures(batch.images, how.shift, training.rng)
-    for part in np.array_split(np.arange(len(rows)), min(how.accumulate, len(rows))):
-        inputs = torch.from_numpy(prepare(images[part], data.preprocess))
-        labels = torch.from_numpy(batch.labels[part])
-        yield (
-            inputs.to(device, non_blocking=True, memory_format=layout),
-            labels.to(device, non_blocking=True),
-        )
+    layout = torch.channels_last if training.how.channels_last else torch.contiguous_format
+    size = training.how.micro_batch
+    return Feeder(data.train, data.preprocess, batch_size=size, device=training.device, layout=layout)
+
+
+def _micro_batches(training: Training, feeder: Feeder, rows: Array) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and labels of each part of a batch, on the device; how pictures move does not hang on the parts."""
+    rows = np.sort(rows)  # a mapped file is read from front to back
+    moves = draw_moves(len(rows), training.how.shift, training.rng)
+    for part in np.array_split(np.arange(len(rows)), min(training.how.accumulate, len(rows))):
+        yield feeder.batch(rows[part], moves[part])
 
 
 def _end_epoch(training: Training, data: DataSet) -> float:

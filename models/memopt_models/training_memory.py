@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from memopt.errors import OutOfResource
 from memopt.memory import settled_resident
 from memopt.sizes import show_size
@@ -228,8 +226,7 @@ def _with_part(how: TrainSettings, size: int) -> TrainSettings:
 
 def _unread_bytes(data: DataSet) -> int:
     """Pages of mapped pictures: they count as this process's as soon as they were read."""
-    images = [split.images for split in (data.train, data.validation)]
-    return sum(each.nbytes for each in images if isinstance(each, np.memmap) or isinstance(each.base, np.memmap))
+    return data.train.mapped_bytes + data.validation.mapped_bytes
 
 
 def _on_line(x: int, a: int, at_a: int | None, b: int, at_b: int | None) -> int | None:

@@ -18,6 +18,7 @@ from memopt.batching import BatchFit, count_samples, largest_batch, run_in_batch
 from memopt.bundle import Bundle, open_bundle
 from memopt.choice import Choice, choose
 from memopt.errors import InputRefused, IntegrityError, MemoptError, OutOfResource, UsageError
+from memopt.files import is_private
 from memopt.manifest import Variant
 from memopt.memory import IMPORT, LOAD, STEADY, Bill, DeviceMemory, give_back, read_host_memory
 from memopt.ort_options import profile_named
@@ -324,7 +325,7 @@ class Model:
         except IntegrityError as error:
             self._why.append(f"{variant.id}: {error}")
             found = None
-            if not cache.is_private():
+            if not is_private(cache.folder):
                 return None
         except MemoptError as error:
             self._why.append(f"{variant.id}: not optimized for this processor: {error}")

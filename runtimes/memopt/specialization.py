@@ -22,7 +22,6 @@ import logging
 import os
 import resource
 import shutil
-import stat
 import subprocess
 import sys
 import threading
@@ -40,7 +39,7 @@ from memopt.artifact import Artifact, map_file
 from memopt.bundle import Bundle, open_bundle
 from memopt.cpu import CpuTarget, this_cpu
 from memopt.errors import BackendError, InputRefused, IntegrityError, MemoptError, OutOfResource, first_line
-from memopt.files import atomic_folder, locked, sha256_file
+from memopt.files import atomic_folder, is_private, locked, sha256_file
 from memopt.manifest import File, Variant
 from memopt.memory import limit_process
 from memopt.ort_options import READ_IN_PLACE
@@ -136,16 +135,8 @@ class Cache:
             lock.unlink(missing_ok=True)
         self._evict(keep=folder)
 
-    def is_private(self) -> bool:
-        """Whether nobody but this user can write to the folder, or make one of that name."""
-        try:
-            status = self.folder.lstat()
-        except FileNotFoundError:
-            return True
-        return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
-
     def _check_owner(self) -> None:
-        if not self.is_private():
+        if not is_private(self.folder):
             raise IntegrityError(
                 f"cache {self.folder} is not a folder that only this user can write to",
                 hint=f"chmod 700 {self.folder}, or MEMOPT_CACHE=DIR",
@@ -168,7 +159,13 @@ class Cache:
 
 
 def default_cache() -> Cache | None:
-    """The cache that `memopt.load` uses unless it is given one: `$MEMOPT_CACHE`; None where that is "off".
+    """The cache that `memopt.load` uses unless it is given one, in `cache_folder`; None where there is none."""
+    folder = cache_folder("specializations")
+    return None if folder is None else Cache(folder)
+
+
+def cache_folder(kind: str) -> Path | None:
+    """The folder of this kind in `$MEMOPT_CACHE`, by default the user's cache folder; None where that is "off".
 
     The only place where the runtime reads the environment.
     """
@@ -176,7 +173,7 @@ def default_cache() -> Cache | None:
     if named == "off":
         return None
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Cache(Path(named) if named else base / "memopt" / "specializations")
+    return (Path(named) if named else base / "memopt") / kind
 
 
 def gains_nothing(precision: str) -> str | None:

@@ -5,14 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from memopt.errors import AnswerIsNo, InputRefused, UsageError
 from memopt_models.checkpoint import Checkpoint
 from memopt_models.data import DataSet, Split
-from memopt_models.train import Progress, TrainSettings, cross_entropy, fit_module, shift_pictures, train
+from memopt_models.train import Progress, TrainSettings, cross_entropy, fit_module, train
 
 ONE = TrainSettings(epochs=1)
 SMALL = {"channels": (2, 4), "hidden": 8}
@@ -144,34 +142,11 @@ def test_every_train_sample_is_seen_once_an_epoch_and_no_other(few: DataSet) -> 
     seen: list[torch.Tensor] = []
 
     def loss(logits: torch.Tensor, labels: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        seen.append(labels)
+        seen.append(labels.clone())  # the next batch lies where this one does
         return cross_entropy(logits, labels, inputs)
 
     fit_module(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), few, ONE, loss, stage="x")
     np.testing.assert_array_equal(np.bincount(torch.cat(seen)), np.bincount(few.train.labels))
-
-
-@given(st.integers(1, 3), st.integers(0, 2**32 - 1))
-def test_shifted_pictures_are_windows_of_the_padded_ones(distance: int, seed: int) -> None:
-    images = np.random.default_rng(seed).integers(0, 256, (5, 4, 6, 2), np.uint8)
-    moved = shift_pictures(images, distance, np.random.default_rng(seed))
-    assert moved.dtype == np.uint8
-    for before, after in zip(images, moved, strict=True):
-        padded = np.pad(before, ((distance,) * 2, (distance,) * 2, (0, 0)), mode="edge")
-        windows = [
-            padded[down : down + 4, right : right + 6]
-            for down in range(2 * distance + 1)
-            for right in range(2 * distance + 1)
-        ]
-        assert any((window == after).all() for window in windows)
-
-
-def test_pictures_are_shifted_in_every_direction_and_not_at_all() -> None:
-    images = np.zeros((400, 5, 5, 1), np.uint8)
-    images[:, 2, 2] = 255
-    places = set(zip(*np.nonzero(shift_pictures(images, 1, np.random.default_rng(0)).squeeze())[1:], strict=True))
-    assert places == {(y, x) for y in (1, 2, 3) for x in (1, 2, 3)}
-    assert shift_pictures(images, 0, np.random.default_rng(0)) is images
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,7 @@ def test_why_a_graph_could_not_be_optimized_is_said(
 def test_where_the_cache_is_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert default_cache() is None  # "off", for all tests
     monkeypatch.setenv("MEMOPT_CACHE", str(tmp_path))
-    assert default_cache() == Cache(tmp_path)
+    assert default_cache() == Cache(tmp_path / "specializations")
     monkeypatch.delenv("MEMOPT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert default_cache() == Cache(Path("/xdg/memopt/specializations"))
