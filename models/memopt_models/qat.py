@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memopt.errors import InputRefused, UsageError
 from memopt_models import pt2e, ste
@@ -13,9 +13,10 @@ from memopt_models.checkpoint import QUANTIZATION, Checkpoint
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure
 from memopt_models.integer_kernels import PLACES
-from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module
+from memopt_models.train import Loss, OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -63,16 +64,30 @@ def train_rounded(
     Raises:
         InputRefused: the data does not fit the checkpoint, or torch cannot trace its network.
         AnswerIsNo: the training diverged, or nothing in the network can be rounded.
+        OutOfResource: it does not fit into the limits.
     """
-    data = data_for(checkpoint, data)
+    from memopt_models.training_memory import Ledger, settle
+    from memopt_models.training_probe import Subject
+
+    data, ledger = data_for(checkpoint, data), Ledger(on_step)
+    asked = {name: value for name, value in vars(how).items() if name != "train"}
+    subject = Subject(checkpoint, make=f"{__name__}:{trainee.__name__}", arguments=asked)
+    how = replace(how, train=settle(subject, data, how.train, ledger, stage="qat"))
     before = {f"{name}_float": value for name, value in measure(checkpoint.module(), data).items()}
-    draft = METHODS[how.precision](checkpoint, data, how, on_step)
-    metrics = measure(deployed(draft), data) | before
+    made = METHODS[how.precision](checkpoint, how)
+    fit_module(made.module, data, how.train, cross_entropy, ledger, stage="qat")
+    draft = made.result()
+    used = {**asdict(how), **describe(data), "memory": ledger.memory}
     return checkpoint.advance(
-        "qat", draft.module(), settings={**asdict(how), **describe(data)}, metrics=metrics,
-        parents=(checkpoint.sha256,), quantization=draft.quantization,
-        scales=draft.scales,
+        "qat", draft.module(), settings=used, metrics=measure(deployed(draft), data) | before,
+        parents=(checkpoint.sha256,), quantization=draft.quantization, scales=draft.scales,
     )  # fmt: skip
+
+
+def trainee(first: Checkpoint, **asked: Any) -> tuple[nn.Module, Loss]:
+    """What is trained and its loss, for a probe of memory; `asked` are the fields of QatSettings."""
+    how = QatSettings(TrainSettings(epochs=1), **asked)
+    return METHODS[how.precision](first, how).module, cross_entropy
 
 
 def deployed(checkpoint: Checkpoint) -> nn.Module:
@@ -92,34 +107,41 @@ def deployed(checkpoint: Checkpoint) -> nn.Module:
     return DEPLOYED[method](checkpoint)
 
 
-def _train_int8(checkpoint: Checkpoint, data: DataSet, how: QatSettings, on_step: OnStep | None) -> Checkpoint:
+@dataclass(frozen=True, eq=False)
+class _Rounding:
+    """What is trained, and what becomes of it: the checkpoint with weights, scales and `quantization`."""
+
+    module: nn.Module
+    result: Callable[[], Checkpoint]
+
+
+def _round_all(checkpoint: Checkpoint, how: QatSettings) -> _Rounding:
     rounded = pt2e.rounded(checkpoint, how.target)
-    fit_module(rounded.module, data, how.train, cross_entropy, on_step, stage="qat")
-    scales = {f"{QUANTIZATION}{name}": tensor for name, tensor in rounded.ranges().items()}
-    return replace(
-        checkpoint,
-        state=rounded.state() | scales,
-        quantization={"method": pt2e.METHOD, "precision": how.precision, "target": how.target},
-    )
+    quantization = {"method": pt2e.METHOD, "precision": how.precision, "target": how.target}
+    return _Rounding(
+        rounded.module, lambda: _rounded(checkpoint, rounded.state(), rounded.ranges(), quantization)
+    )  # fmt: skip
 
 
-def _train_weights(
-    bits: int, checkpoint: Checkpoint, data: DataSet, how: QatSettings, on_step: OnStep | None
-) -> Checkpoint:
+def _round_weights(bits: int, checkpoint: Checkpoint, how: QatSettings) -> _Rounding:
     made = ste.gridded(
         checkpoint, bits, layers=how.layer_bits, per_channel=how.per_channel, biases=how.round_biases
     )  # fmt: skip
-    fit_module(made.module, data, how.train, cross_entropy, on_step, stage="qat")
-    steps = {f"{QUANTIZATION}{name}": step for name, step in made.steps().items()}
-    return replace(
-        checkpoint, state=made.state(checkpoint) | steps, quantization={"method": ste.METHOD, "bits": made.bits}
-    )
+    quantization = {"method": ste.METHOD, "bits": made.bits}
+    return _Rounding(made.module, lambda: _rounded(checkpoint, made.state(checkpoint), made.steps(), quantization))
 
 
-# By precision: what trains a checkpoint, and returns it with weights, scales and `quantization`; the rest is as before.
-METHODS: dict[str, Callable[[Checkpoint, DataSet, QatSettings, OnStep | None], Checkpoint]] = {
-    "int8": _train_int8,
-    **{f"int{bits}-weights": partial(_train_weights, bits) for bits in ste.BITS},
+def _rounded(
+    checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], scales: Mapping[str, torch.Tensor],
+    quantization: dict[str, Any],
+) -> Checkpoint:  # fmt: skip
+    named = {f"{QUANTIZATION}{name}": scale for name, scale in scales.items()}
+    return replace(checkpoint, state={**state, **named}, quantization=quantization)
+
+
+METHODS: dict[str, Callable[[Checkpoint, QatSettings], _Rounding]] = {
+    "int8": _round_all,
+    **{f"int{bits}-weights": partial(_round_weights, bits) for bits in ste.BITS},
 }
 # By method of rounding: the network of such a checkpoint that is exported.
 DEPLOYED: dict[str, Callable[[Checkpoint], nn.Module]] = {pt2e.METHOD: pt2e.converted, ste.METHOD: pt2e.folded}
