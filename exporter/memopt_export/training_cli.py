@@ -198,6 +198,13 @@ def prune(
     "--temperature", type=float, default=4.0, show_default=True, help="The higher, the more wrong classes count."
 )
 @click.option("--alpha", type=float, default=0.5, show_default=True, help="Weight of the teacher's answer, 0 to 1.")
+@click.option(
+    "--features",
+    multiple=True,
+    metavar="STUDENT=TEACHER|auto",
+    help="Layers of both to be like each other; auto: the last feature maps. May be given several times.",
+)
+@click.option("--beta", type=float, default=1.0, show_default=True, help="Weight of the features, on top.")
 @training_data_option
 @_training
 @output_option
@@ -206,14 +213,17 @@ def prune(
 @as_json_option
 def distill(
     teacher: Path, network: str | None, student: str, settings: Sequence[str], temperature: float, alpha: float,
-    data: str, output: Path, data_root: Path | None, force: bool, as_json: bool, **how: Any,
+    features: tuple[str, ...], beta: float, data: str, output: Path, data_root: Path | None, force: bool,
+    as_json: bool, **how: Any,
 ) -> None:  # fmt: skip
     """Train a small student from a teacher; the better of with and without the teacher is kept."""
     from memopt_export import console, training_commands
     from memopt_models.distill import DistillSettings
     from memopt_models.train import TrainSettings
 
-    asked = DistillSettings(TrainSettings(**how), temperature=temperature, alpha=alpha)
+    asked = DistillSettings(
+        TrainSettings(**how), temperature=temperature, alpha=alpha, features=features, beta=beta
+    )  # fmt: skip
     with console.training() as on_step:
         saved = training_commands.distill(
             teacher, student, read_settings(settings), data, asked, output,
