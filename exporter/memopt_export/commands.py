@@ -68,6 +68,7 @@ class SavedGraph:
     sha256: str
     weights_sha256: str
     parity: Parity
+    precision: str = "fp32"  # of its weights and activations
     program: str | None = None
 
 
@@ -372,7 +373,7 @@ def export(
         write_atomically(program, exported.program, force=force)
     return SavedGraph(
         str(output), output.stat().st_size, exported.graph.sha256, exported.graph.weights_sha256, exported.parity,
-        str(program) if program else None,
+        exported.graph.precision, str(program) if program else None,
     )  # fmt: skip
 
 

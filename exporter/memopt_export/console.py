@@ -314,13 +314,17 @@ def _draw_graph(console: Console, saved: SavedGraph) -> None:
     facts = {
         "saved": f"{saved.path} ({show_size(saved.size_bytes)})",
         "program": saved.program,
+        "precision": f"{saved.precision.upper()} by training" if saved.precision != "fp32" else None,
         "parity": f"largest difference {parity.max_difference:.2g} of {parity.largest_output:.3g} "
         f"on {parity.samples} samples",
         "agreement": f"{100 * parity.agreement:.2f}%" if parity.agreement is not None else None,
         "weights sha256": saved.weights_sha256,
     }
     _facts(console, facts)
-    _next(console, f"memopt-export quantize {saved.path} --data digits -o {_with(saved.path, '-int8.onnx')}")
+    if saved.precision == "fp32":
+        _next(console, f"memopt-export quantize {saved.path} --data digits -o {_with(saved.path, '-int8.onnx')}")
+    else:
+        _next(console, f"memopt-export compare {saved.path} --data digits")
 
 
 def _draw_simple(console: Console, saved: SavedSimple) -> None:

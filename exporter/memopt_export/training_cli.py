@@ -46,7 +46,14 @@ class NumberOrAuto(click.ParamType[int]):
 
 
 def _training(command: Command) -> Command:
-    """The options of everything that trains."""
+    """The options of everything that trains floats."""
+    for option in (*_LEARNING, *_MEMORY, *_FLOATS, seed_option):
+        command = option(command)
+    return command
+
+
+def _rounded_training(command: Command) -> Command:
+    """Those of what trains a traced network, in float32 only: it has no blocks any more."""
     for option in (*_LEARNING, *_MEMORY, seed_option):
         command = option(command)
     return command
@@ -108,14 +115,6 @@ _LEARNING = (
 _MEMORY = (
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, or auto: cuda where there is one."),
     click.option(
-        "--precision", default="fp32", show_default=True,
-        help="In which layers compute: fp32, bf16 or fp16; weights stay fp32. A CPU is slow in fp16.",
-    ),
-    click.option(
-        "--checkpointing", default="off", show_default=True,
-        help="blocks: activations inside of blocks are computed again instead of held.",
-    ),
-    click.option(
         "--accumulate", type=NumberOrAuto(), default="auto", show_default=True, metavar="N|auto",
         help="Parts of a batch, one in memory at a time; auto: as few as the limits allow, measured.",
     ),
@@ -127,6 +126,17 @@ _MEMORY = (
     click.option(
         "--max-device-memory", "max_device_memory_bytes", type=Size(), metavar="SIZE",
         help="What torch may allocate on the GPU; kept.",
+    ),
+)  # fmt: skip
+
+_FLOATS = (
+    click.option(
+        "--precision", default="fp32", show_default=True,
+        help="In which layers compute: fp32, bf16 or fp16; weights stay fp32. A CPU is slow in fp16.",
+    ),
+    click.option(
+        "--checkpointing", default="off", show_default=True,
+        help="blocks: activations inside of blocks are computed again instead of held.",
     ),
 )  # fmt: skip
 
@@ -236,6 +246,13 @@ def prune(
     "--temperature", type=float, default=4.0, show_default=True, help="The higher, the more wrong classes count."
 )
 @click.option("--alpha", type=float, default=0.5, show_default=True, help="Weight of the teacher's answer, 0 to 1.")
+@click.option(
+    "--features",
+    multiple=True,
+    metavar="STUDENT=TEACHER|auto",
+    help="Layers of both to be like each other; auto: the last feature maps. May be given several times.",
+)
+@click.option("--beta", type=float, default=1.0, show_default=True, help="Weight of the features, on top.")
 @training_data_option
 @_training
 @_surviving
@@ -245,15 +262,17 @@ def prune(
 @as_json_option
 def distill(
     teacher: Path, network: str | None, student: str, settings: Sequence[str], temperature: float, alpha: float,
-    data: str, output: Path, data_root: Path | None, force: bool, as_json: bool, restart: bool, nproc: int,
-    parallel: str, **how: Any,
+    features: tuple[str, ...], beta: float, data: str, output: Path, data_root: Path | None, force: bool,
+    as_json: bool, restart: bool, nproc: int, parallel: str, **how: Any,
 ) -> None:  # fmt: skip
     """Train a small student from a teacher; the better of with and without the teacher is kept."""
     from memopt_export import console, training_commands
     from memopt_models.distill import DistillSettings
     from memopt_models.train import TrainSettings
 
-    asked = DistillSettings(TrainSettings(**how), temperature=temperature, alpha=alpha)
+    asked = DistillSettings(
+        TrainSettings(**how), temperature=temperature, alpha=alpha, features=features, beta=beta
+    )  # fmt: skip
     with _means(output, restart=restart, nproc=nproc, parallel=parallel) as means:
         saved = training_commands.distill(
             teacher, student, read_settings(settings), data, asked, output,
@@ -281,7 +300,7 @@ def distill(
 )
 @click.option("--per-channel", is_flag=True, help="Of weights alone: a step for each output channel, 4 bytes each.")
 @training_data_option
-@_training
+@_rounded_training
 @_surviving
 @output_option
 @data_root_option

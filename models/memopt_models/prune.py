@@ -22,6 +22,8 @@ from memopt_models.resume import Keep
 from memopt_models.targets import Price, Target, Trial, measure_cost, search
 from memopt_models.team import ALONE, Team
 from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module, identify
+from memopt_models.training_memory import Ledger, settle
+from memopt_models.training_probe import Subject
 
 if TYPE_CHECKING:
     import torch
@@ -89,19 +91,20 @@ def prune(
         InputRefused: the data does not fit the checkpoint.
         UsageError: a pattern of protected layers matches nothing, or a target of memory has no price.
         AnswerIsNo: the network cannot be pruned, nothing is left to take away, or the target cannot be reached.
+        OutOfResource: the fine-tuning does not fit into its limits.
     """
-    data = data_for(checkpoint, data)
+    data, ledger = data_for(checkpoint, data), Ledger(on_step)
     instead: dict[str, str] = {}
     for way in how.ways:
         try:
             with WAYS[way](how.limits) as cutter:
-                pruned, note = _Pruning(data, how, cutter, price, on_step, keep, team).run(checkpoint)
+                pruned, note = _Pruning(data, how, cutter, price, ledger, keep, team).run(checkpoint)
             break
         except NotThisWay as error:
             instead[way] = error.problem
     else:
         raise AnswerIsNo("the network cannot be pruned: " + "; ".join(f"{way}: {why}" for way, why in instead.items()))
-    used = {**asdict(how), **describe(data), **note, "way": way, "instead": instead}
+    used = {**asdict(how), **describe(data), **note, "way": way, "instead": instead, "memory": ledger.memory}
     module = pruned.module()
     metrics = measure(module, data) if team.is_first else {}
     metrics["macs"] = float(count_macs(pruned.module(), checkpoint.inputs[0].at_batch(1)))
@@ -136,7 +139,7 @@ class _Pruning:
     how: PruneSettings
     cutter: Cutter
     price: Price | None
-    on_step: OnStep | None
+    ledger: Ledger
     keep: Keep | None
     team: Team
 
@@ -179,8 +182,11 @@ class _Pruning:
             return checkpoint
         module = checkpoint.module()
         settings = replace(self.how.finetune, epochs=epochs)
+        settings = settle(
+            Subject(checkpoint), self.data, settings, self.ledger, stage=stage, keep=self.keep, team=self.team
+        )
         fit_module(
-            module, self.data, settings, cross_entropy, self.on_step,
+            module, self.data, settings, cross_entropy, self.ledger,
             stage=stage, keep=self.keep, made_from=identify(checkpoint), team=self.team,
         )  # fmt: skip
         return replace(checkpoint, state=snapshot(module))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch.fx import GraphModule, Node
 
+METHOD = "pt2e"
 _SMALLEST_STEP = 2.0**-60
 # A little below one: ONNX Runtime drops a Clip before a QuantizeLinear only where 255 steps do not reach past its end.
 _WITHIN = 1 - 2.0**-20
@@ -128,12 +129,39 @@ def restored(checkpoint: Checkpoint) -> Rounded:
 
 def converted(checkpoint: Checkpoint) -> GraphModule:
     """The same with int8 weights, and operations that quantize and dequantize: what torch.onnx makes QDQ of."""
+    from torch.fx import GraphModule
+
     with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-        module: GraphModule = convert_pt2e(restored(checkpoint).module)
+        whole = convert_pt2e(restored(checkpoint).module)
+    whole.graph.eliminate_dead_code()
+    module = GraphModule(whole, whole.graph)  # which takes what the graph reads, and leaves the float weights behind
     _make_switchable(module, ())
     return module
+
+
+def without_torchao(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program of a converted network in torch's own operators: these are what is there where it is loaded."""
+    import torch
+
+    def quantize(x: Any, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype) -> Any:
+        return torch.clamp(torch.round(x / scale) + zero_point, low, high).to(dtype)
+
+    def dequantize(x: Any, scale: float, zero_point: int, *_ends_and_dtype: Any) -> Any:
+        return (x.to(torch.float32) - zero_point) * scale
+
+    def dequantize_channels(x: Any, scale: Any, _zeros: Any, axis: int, *_ends_and_dtype: Any) -> Any:
+        return x.to(torch.float32) * scale.reshape([-1 if each == axis else 1 for each in range(x.ndim)])
+
+    operators = torch.ops.quantized_decomposed
+    table = {
+        operators.quantize_per_tensor.default: quantize,
+        operators.dequantize_per_tensor.default: dequantize,
+        operators.dequantize_per_channel.default: dequantize_channels,
+    }
+    plain: torch.export.ExportedProgram = program.run_decompositions(table)
+    return plain
 
 
 # --- the graph
@@ -262,7 +290,7 @@ class _Specs:
         return {weight: self._weight, bias: int32}
 
     def _first(self, tensor: Node) -> Any:
-        """Where a quantized tensor is quantized first, as torchao names it: where it is written, or where it is read."""
+        """Where a tensor is quantized first, as torchao names it: where it is written, or where it is read."""
         return tensor if tensor in self.places.written else next(e for e in self.places.reads if e[0] is tensor)
 
     @property
@@ -276,6 +304,7 @@ class _Specs:
             torch.uint8 if cpu else torch.int8,
             torch.per_tensor_affine if cpu else torch.per_tensor_symmetric,
             FakeQuantize.with_args(observer=MovingAverageMinMaxObserver),
+            low=0 if cpu else -128,
         )
 
     @property
@@ -285,7 +314,7 @@ class _Specs:
         from torchao.quantization.pt2e import FakeQuantize, MovingAveragePerChannelMinMaxObserver
 
         observer = MovingAveragePerChannelMinMaxObserver.with_args(averaging_constant=1.0, eps=_SMALLEST_STEP)
-        return _spec(torch.int8, torch.per_channel_symmetric, FakeQuantize.with_args(observer=observer))
+        return _spec(torch.int8, torch.per_channel_symmetric, FakeQuantize.with_args(observer=observer), low=-127)
 
 
 def _product(fakes: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -294,11 +323,12 @@ def _product(fakes: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return scale * scales, zero_points
 
 
-def _spec(dtype: torch.dtype, scheme: torch.qscheme, fake: Any) -> Any:
+def _spec(dtype: torch.dtype, scheme: torch.qscheme, fake: Any, *, low: int) -> Any:
+    """What torchao is told of 8 bits that begin at `low`."""
     import torch
     from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
-    low, high = (0, 255) if dtype == torch.uint8 else (-_LARGEST_WEIGHT, _LARGEST_WEIGHT)
+    high = torch.iinfo(dtype).max
     return QuantizationSpec(dtype, fake, quant_min=low, quant_max=high, qscheme=scheme, ch_axis=0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memopt.errors import InputRefused, UsageError
 from memopt_models import pt2e, ste
@@ -15,13 +15,11 @@ from memopt_models.evaluate import measure
 from memopt_models.integer_kernels import PLACES
 from memopt_models.resume import Keep
 from memopt_models.team import ALONE, Team
-from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module, identify
+from memopt_models.train import Loss, OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module, identify
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
-
-
-Fit = Callable[["nn.Module"], None]  # trains the module
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,9 @@ class QatSettings:
         for name, table in (("precision", METHODS), ("target", PLACES)):
             if getattr(self, name) not in table:
                 raise UsageError(f"{name} {getattr(self, name)!r} is not known", hint=", ".join(table))
+        for name, only in (("precision", "fp32"), ("checkpointing", "off")):
+            if getattr(self.train, name) != only:
+                raise UsageError(f"{name} is {getattr(self.train, name)!r}, a rounded network trains with {only!r}")
         for name, bits in self.layer_bits.items():
             if bits not in (*ste.BITS, ste.FLOAT):
                 known = ", ".join(map(str, (*ste.BITS, ste.FLOAT)))
@@ -68,25 +69,35 @@ def train_rounded(
     Raises:
         InputRefused: the data does not fit the checkpoint, or torch cannot trace its network.
         AnswerIsNo: the training diverged, or nothing in the network can be rounded.
+        OutOfResource: it does not fit into the limits.
     """
-    data = data_for(checkpoint, data)
-    made_from = identify(checkpoint) | {"rounded": {**asdict(how), "train": None}}
+    from memopt_models.training_memory import Ledger, settle
+    from memopt_models.training_probe import Subject
 
-    def fit(module: nn.Module) -> None:
-        fit_module(
-            module, data, how.train, cross_entropy, on_step, stage="qat", keep=keep, made_from=made_from, team=team
-        )
-
-    draft = METHODS[how.precision](checkpoint, how, fit)
+    data, ledger = data_for(checkpoint, data), Ledger(on_step)
+    asked = {name: value for name, value in vars(how).items() if name != "train"}
+    subject = Subject(checkpoint, make=f"{__name__}:{trainee.__name__}", arguments=asked)
+    how = replace(how, train=settle(subject, data, how.train, ledger, stage="qat", keep=keep, team=team))
+    made, given = METHODS[how.precision](checkpoint, how), {**identify(checkpoint), **asked}
+    fit_module(
+        made.module, data, how.train, cross_entropy, ledger, stage="qat", keep=keep, made_from=given, team=team
+    )  # fmt: skip
+    draft = made.result()
     metrics: dict[str, float] = {}
     if team.is_first:
         before = {f"{name}_float": value for name, value in measure(checkpoint.module(), data).items()}
         metrics = measure(deployed(draft), data) | before
+    used = {**asdict(how), **describe(data), "memory": ledger.memory}
     return checkpoint.advance(
-        "qat", draft.module(), settings={**asdict(how), **describe(data)}, metrics=metrics,
-        parents=(checkpoint.sha256,), quantization=draft.quantization,
-        scales=draft.scales,
+        "qat", draft.module(), settings=used, metrics=metrics,
+        parents=(checkpoint.sha256,), quantization=draft.quantization, scales=draft.scales,
     )  # fmt: skip
+
+
+def trainee(first: Checkpoint, **asked: Any) -> tuple[nn.Module, Loss]:
+    """What is trained and its loss, for a probe of memory; `asked` are the fields of QatSettings."""
+    how = QatSettings(TrainSettings(epochs=1), **asked)
+    return METHODS[how.precision](first, how).module, cross_entropy
 
 
 def deployed(checkpoint: Checkpoint) -> nn.Module:
@@ -106,32 +117,41 @@ def deployed(checkpoint: Checkpoint) -> nn.Module:
     return DEPLOYED[method](checkpoint)
 
 
-def _train_int8(checkpoint: Checkpoint, how: QatSettings, fit: Fit) -> Checkpoint:
+@dataclass(frozen=True, eq=False)
+class _Rounding:
+    """What is trained, and what becomes of it: the checkpoint with weights, scales and `quantization`."""
+
+    module: nn.Module
+    result: Callable[[], Checkpoint]
+
+
+def _round_all(checkpoint: Checkpoint, how: QatSettings) -> _Rounding:
     rounded = pt2e.rounded(checkpoint, how.target)
-    fit(rounded.module)
-    scales = {f"{QUANTIZATION}{name}": tensor for name, tensor in rounded.ranges().items()}
-    return replace(
-        checkpoint,
-        state=rounded.state() | scales,
-        quantization={"method": "pt2e", "precision": how.precision, "target": how.target},
-    )
+    quantization = {"method": pt2e.METHOD, "precision": how.precision, "target": how.target}
+    return _Rounding(
+        rounded.module, lambda: _rounded(checkpoint, rounded.state(), rounded.ranges(), quantization)
+    )  # fmt: skip
 
 
-def _train_weights(bits: int, checkpoint: Checkpoint, how: QatSettings, fit: Fit) -> Checkpoint:
+def _round_weights(bits: int, checkpoint: Checkpoint, how: QatSettings) -> _Rounding:
     made = ste.gridded(
         checkpoint, bits, layers=how.layer_bits, per_channel=how.per_channel, biases=how.round_biases
     )  # fmt: skip
-    fit(made.module)
-    steps = {f"{QUANTIZATION}{name}": step for name, step in made.steps().items()}
-    return replace(
-        checkpoint, state=made.state(checkpoint) | steps, quantization={"method": ste.METHOD, "bits": made.bits}
-    )
+    quantization = {"method": ste.METHOD, "bits": made.bits}
+    return _Rounding(made.module, lambda: _rounded(checkpoint, made.state(checkpoint), made.steps(), quantization))
 
 
-# By precision: what trains a checkpoint, and returns it with weights, scales and `quantization`; the rest is as before.
-METHODS: dict[str, Callable[[Checkpoint, QatSettings, Fit], Checkpoint]] = {
-    "int8": _train_int8,
-    **{f"int{bits}-weights": partial(_train_weights, bits) for bits in ste.BITS},
+def _rounded(
+    checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], scales: Mapping[str, torch.Tensor],
+    quantization: dict[str, Any],
+) -> Checkpoint:  # fmt: skip
+    named = {f"{QUANTIZATION}{name}": scale for name, scale in scales.items()}
+    return replace(checkpoint, state={**state, **named}, quantization=quantization)
+
+
+METHODS: dict[str, Callable[[Checkpoint, QatSettings], _Rounding]] = {
+    "int8": _round_all,
+    **{f"int{bits}-weights": partial(_round_weights, bits) for bits in ste.BITS},
 }
 # By method of rounding: the network of such a checkpoint that is exported.
-DEPLOYED: dict[str, Callable[[Checkpoint], nn.Module]] = {"pt2e": pt2e.converted, ste.METHOD: pt2e.folded}
+DEPLOYED: dict[str, Callable[[Checkpoint], nn.Module]] = {pt2e.METHOD: pt2e.converted, ste.METHOD: pt2e.folded}

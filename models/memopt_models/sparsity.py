@@ -21,6 +21,8 @@ from memopt_models.ranking import SCOPES, protected_layers
 from memopt_models.resume import Keep
 from memopt_models.team import ALONE, Team
 from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module, identify
+from memopt_models.training_memory import Ledger, settle
+from memopt_models.training_probe import Subject
 
 if TYPE_CHECKING:
     import torch
@@ -85,14 +87,16 @@ def sparsify(
         InputRefused: the data does not fit the checkpoint.
         UsageError: a pattern of protected layers matches nothing.
         AnswerIsNo: no layer can have such zeros.
+        OutOfResource: the fine-tuning does not fit into its limits.
     """
-    data = data_for(checkpoint, data)
+    data, ledger = data_for(checkpoint, data), Ledger(on_step)
     module = checkpoint.module()
     masks = find_masks(module, how)
     with masked(module, masks):
         if how.finetune is not None:
+            finetune = settle(Subject(checkpoint), data, how.finetune, ledger, stage="prune", keep=keep, team=team)
             fit_module(
-                module, data, how.finetune, cross_entropy, on_step,
+                module, data, finetune, cross_entropy, ledger,
                 stage="prune", keep=keep, made_from=identify(checkpoint) | {"masks": digest_state(masks)}, team=team,
             )  # fmt: skip
     note = {"layers": list(masks), "skipped": [name for name in _weights(module, set()) if name not in masks]}
@@ -101,7 +105,13 @@ def sparsify(
         "compressed_bytes": float(compressed_bytes(snapshot(module))),
         "compressed_bytes_before": float(compressed_bytes(checkpoint.state)),
     }
-    used = {**asdict(how), **describe(data), **note, "kind": {type(how.kind).__name__.lower(): asdict(how.kind)}}
+    used = {
+        **asdict(how),
+        **describe(data),
+        **note,
+        "memory": ledger.memory,
+        "kind": {type(how.kind).__name__.lower(): asdict(how.kind)},
+    }
     return checkpoint.advance("prune", module, settings=used, metrics=metrics, parents=(checkpoint.sha256,))
 
 
