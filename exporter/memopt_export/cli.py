@@ -454,7 +454,7 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
 
 def _run(arguments: list[str]) -> int:
     try:
-        cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
+        cli.main(arguments, prog_name=PROGRAM, standalone_mode=False, obj=tuple(arguments))
         sys.stdout.flush()
     except _Shown as error:
         return _tell([], error.problem, error.hint, error.exit_code)

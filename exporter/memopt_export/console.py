@@ -61,8 +61,11 @@ def show(value: Any, *, as_json: bool) -> None:
 
 
 @contextmanager
-def training() -> Iterator[Callable[[Progress], None]]:
+def training(*, quiet: bool = False) -> Iterator[Callable[[Progress], None]]:
     """Shows the steps of a training as one line that is overwritten, and one line that stays for each epoch."""
+    if quiet:
+        yield lambda progress: None
+        return
     with _progress_line() as line:
         yield lambda progress: _show_step(line, progress)
 

@@ -25,7 +25,7 @@ RECORD = "stage.json"
 _MAKING = ".making-"
 _SHOWS_ONLY = frozenset({
     "cli.py", "__main__.py", "commands.py", "console.py", "inspection.py", "charts.py", "findings.py", "gate.py",
-    "options.py", "page.py", "pictures.py", "plan_svg.py", "training_cli.py", "training_commands.py",
+    "options.py", "page.py", "pictures.py", "plan_svg.py", "spread.py", "training_cli.py", "training_commands.py",
 })  # fmt: skip
 # Distributions whose version changes what a stage makes.
 TOOLS = (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +22,9 @@ from memopt_export.options import (
     seed_option,
     training_data_option,
 )
+
+if TYPE_CHECKING:
+    from memopt_export.training_commands import Means
 
 
 class NumberOrAuto(click.ParamType[int]):
@@ -43,6 +48,45 @@ def _training(command: Command) -> Command:
     for option in (*_LEARNING, *_MEMORY, seed_option):
         command = option(command)
     return command
+
+
+def _surviving(command: Command) -> Command:
+    """The options of what is kept after every epoch, and may be divided among processes."""
+    for option in (
+        click.option(
+            "--restart", is_flag=True,
+            help="Drop what a killed run has kept beside the output; without, the same command goes on from there.",
+        ),
+        click.option(
+            "--nproc", type=click.IntRange(min=1), default=1, show_default=True,
+            help="Processes on this machine that share each batch. torchrun may start them instead, on several.",
+        ),
+        click.option(
+            "--parallel", default="ddp", show_default=True,
+            help="ddp: each process has the whole network; fsdp2: its training state is divided among them.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@contextmanager
+def _means(output: Path, *, restart: bool, nproc: int, parallel: str) -> Iterator[Means]:
+    """By what a command trains. Where other processes are to do it, it ends here when they have."""
+    from memopt_export import console, spread, training_commands
+    from memopt_models.resume import Keep
+
+    if nproc > 1 and "RANK" not in os.environ:
+        spread.run(click.get_current_context().obj, size=nproc)
+        raise SystemExit(0)
+    with (
+        spread.membership(os.environ, asked=nproc, parallel=parallel) as team,
+        console.training(quiet=not team.is_first) as on_step,
+    ):
+        keep = Keep(output)
+        if restart and team.is_first:
+            keep.forget()
+        yield training_commands.Means(on_step, keep, team)
 
 
 _LEARNING = (
@@ -97,6 +141,7 @@ _MEMORY = (
 )
 @training_data_option
 @_training
+@_surviving
 @click.option("--start", type=click.Path(path_type=Path), help="Checkpoint to go on from.")
 @output_option
 @data_root_option
@@ -104,18 +149,19 @@ _MEMORY = (
 @as_json_option
 def train(
     network: str, settings: Sequence[str], data: str, start: Path | None, output: Path, data_root: Path | None,
-    force: bool, as_json: bool, **how: Any,
+    force: bool, as_json: bool, restart: bool, nproc: int, parallel: str, **how: Any,
 ) -> None:  # fmt: skip
     """Train a dense checkpoint, or fine-tune one."""
     from memopt_export import console, training_commands
     from memopt_models.train import TrainSettings
 
-    with console.training() as on_step:
+    with _means(output, restart=restart, nproc=nproc, parallel=parallel) as means:
         saved = training_commands.train(
             network, read_settings(settings), data, TrainSettings(**how), output,
-            start=start, data_root=data_root, force=force, on_step=on_step,
+            start=start, data_root=data_root, force=force, means=means,
         )  # fmt: skip
-    console.show(saved, as_json=as_json)
+    if saved is not None:
+        console.show(saved, as_json=as_json)
 
 
 @click.command()
@@ -126,13 +172,14 @@ def train(
 @click.option("--round-to", type=int, default=1, show_default=True, help="Channel numbers become multiples of this.")
 @training_data_option
 @_training
+@_surviving
 @output_option
 @data_root_option
 @force_option
 @as_json_option
 def prune(
     checkpoint: Path, network: str | None, ratio: float, method: str, round_to: int, data: str, output: Path,
-    data_root: Path | None, force: bool, as_json: bool, **how: Any,
+    data_root: Path | None, force: bool, as_json: bool, restart: bool, nproc: int, parallel: str, **how: Any,
 ) -> None:  # fmt: skip
     """Take channels out of CHECKPOINT, so that its tensors shrink, and fine-tune it (--epochs 0: not)."""
     from memopt_export import console, training_commands
@@ -141,11 +188,12 @@ def prune(
 
     finetune = TrainSettings(**how) if how["epochs"] else None
     settings = PruneSettings(ratio=ratio, method=method, round_to=round_to, finetune=finetune)
-    with console.training() as on_step:
+    with _means(output, restart=restart, nproc=nproc, parallel=parallel) as means:
         saved = training_commands.prune(
-            checkpoint, data, settings, output, network=network, data_root=data_root, force=force, on_step=on_step
+            checkpoint, data, settings, output, network=network, data_root=data_root, force=force, means=means
         )  # fmt: skip
-    console.show(saved, as_json=as_json)
+    if saved is not None:
+        console.show(saved, as_json=as_json)
 
 
 @click.command()
@@ -159,13 +207,15 @@ def prune(
 @click.option("--alpha", type=float, default=0.5, show_default=True, help="Weight of the teacher's answer, 0 to 1.")
 @training_data_option
 @_training
+@_surviving
 @output_option
 @data_root_option
 @force_option
 @as_json_option
 def distill(
     teacher: Path, network: str | None, student: str, settings: Sequence[str], temperature: float, alpha: float,
-    data: str, output: Path, data_root: Path | None, force: bool, as_json: bool, **how: Any,
+    data: str, output: Path, data_root: Path | None, force: bool, as_json: bool, restart: bool, nproc: int,
+    parallel: str, **how: Any,
 ) -> None:  # fmt: skip
     """Train a small student from a teacher; the better of with and without the teacher is kept."""
     from memopt_export import console, training_commands
@@ -173,12 +223,13 @@ def distill(
     from memopt_models.train import TrainSettings
 
     asked = DistillSettings(TrainSettings(**how), temperature=temperature, alpha=alpha)
-    with console.training() as on_step:
+    with _means(output, restart=restart, nproc=nproc, parallel=parallel) as means:
         saved = training_commands.distill(
             teacher, student, read_settings(settings), data, asked, output,
-            network=network, data_root=data_root, force=force, on_step=on_step,
+            network=network, data_root=data_root, force=force, means=means,
         )  # fmt: skip
-    console.show(saved, as_json=as_json)
+    if saved is not None:
+        console.show(saved, as_json=as_json)
 
 
 COMMANDS = (train, prune, distill)

@@ -10,7 +10,19 @@ from memopt.errors import InputRefused, UsageError
 from memopt_models.checkpoint import Checkpoint
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure
-from memopt_models.train import Loss, OnStep, TrainSettings, begin, cross_entropy, data_for, describe, fit_module
+from memopt_models.resume import Keep
+from memopt_models.team import ALONE, Team
+from memopt_models.train import (
+    Loss,
+    OnStep,
+    TrainSettings,
+    begin,
+    cross_entropy,
+    data_for,
+    describe,
+    fit_module,
+    identify,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +53,8 @@ def distill(
     *,
     start: Checkpoint | None = None,
     on_step: OnStep | None = None,
+    keep: Keep | None = None,
+    team: Team = ALONE,
 ) -> Checkpoint:
     """A student trained twice from the same seed, with and without its teacher: the better one on validation.
 
@@ -55,6 +69,8 @@ def distill(
         how: temperature, weight of the teacher, training.
         start: the student's weights to go on from.
         on_step: called after every step of both trainings.
+        keep: of both trainings, see `train`.
+        team: of both trainings, see `train`.
 
     Raises:
         UsageError: no such network, or `start` is another one.
@@ -67,12 +83,17 @@ def distill(
         raise InputRefused("start and teacher prepare their inputs differently", hint="train both on the same data")
     losses = {"distilled": soft_target_loss(teacher.module(), how), "plain": cross_entropy}
     modules = {name: first.module() for name in losses}
+    given = {**identify(first), "teacher": teacher.sha256, "temperature": how.temperature, "alpha": how.alpha}
     top1 = {
-        name: fit_module(modules[name], data, how.train, loss, on_step, stage=name) for name, loss in losses.items()
+        name: fit_module(
+            modules[name], data, how.train, loss, on_step, stage=name, keep=keep, made_from=given, team=team
+        )
+        for name, loss in losses.items()
     }
     kept = max(top1, key=lambda name: top1[name])  # the first of equals
     used = {"network": network, "settings": first.settings, **asdict(how), **describe(data), "kept": kept}
-    metrics = measure(modules[kept], data) | {f"validation_top1_{name}": value for name, value in top1.items()}
+    measured = measure(modules[kept], data) if team.is_first else {}
+    metrics = measured | {f"validation_top1_{name}": value for name, value in top1.items()}
     parents = (teacher.sha256,) if start is None else (teacher.sha256, start.sha256)
     lineage = (*teacher.lineage, *(stage for stage in first.lineage if stage not in teacher.lineage))
     return replace(first, lineage=lineage).advance(

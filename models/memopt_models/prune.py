@@ -11,7 +11,9 @@ from memopt.errors import AnswerIsNo, InputRefused, UsageError
 from memopt_models.checkpoint import Checkpoint, count_parameters, snapshot
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure
-from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module
+from memopt_models.resume import Keep
+from memopt_models.team import ALONE, Team
+from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module, identify
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +41,15 @@ class PruneSettings:
             raise UsageError(f"round_to is {self.round_to}, at least 1 is needed")
 
 
-def prune(checkpoint: Checkpoint, data: DataSet, how: PruneSettings, *, on_step: OnStep | None = None) -> Checkpoint:
+def prune(
+    checkpoint: Checkpoint,
+    data: DataSet,
+    how: PruneSettings,
+    *,
+    on_step: OnStep | None = None,
+    keep: Keep | None = None,
+    team: Team = ALONE,
+) -> Checkpoint:
     """The checkpoint with fewer channels in every layer but the classifier, fine-tuned; its tensors are smaller.
 
     Args:
@@ -47,6 +57,8 @@ def prune(checkpoint: Checkpoint, data: DataSet, how: PruneSettings, *, on_step:
         data: to fine-tune and to measure on.
         how: ratio, norm, fine-tuning.
         on_step: called after every step of the fine-tuning.
+        keep: of the fine-tuning, see `train`.
+        team: of the fine-tuning, see `train`.
 
     Raises:
         InputRefused: the data does not fit the checkpoint.
@@ -57,11 +69,13 @@ def prune(checkpoint: Checkpoint, data: DataSet, how: PruneSettings, *, on_step:
     remove_channels(module, checkpoint.inputs[0].at_batch(1), how, classes=len(checkpoint.labels))
     _check_rebuild(checkpoint, module)
     if how.finetune is not None:
-        fit_module(module, data, how.finetune, cross_entropy, on_step, stage="prune")
+        given = identify(checkpoint)
+        fit_module(
+            module, data, how.finetune, cross_entropy, on_step, stage="prune", keep=keep, made_from=given, team=team
+        )
     used = {**asdict(how), **describe(data)}
-    return checkpoint.advance(
-        "prune", module, settings=used, metrics=measure(module, data), parents=(checkpoint.sha256,)
-    )
+    metrics = measure(module, data) if team.is_first else {}
+    return checkpoint.advance("prune", module, settings=used, metrics=metrics, parents=(checkpoint.sha256,))
 
 
 def remove_channels(module: nn.Module, shape: tuple[int, ...], how: PruneSettings, *, classes: int) -> None:
