@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 IMAGENET = "imagenet"
+STAGE = "weights"  # of the lineage
 _INSIDE = ("state_dict", "model_state_dict", "model")  # where training scripts put the weights among other things
 _PREFIXES = ("module.", "_orig_mod.")  # of networks in DataParallel or torch.compile
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 that only their training has
@@ -62,7 +65,13 @@ def begin_with(
     used = {"weights": found.name, "sha256": found.sha256, "fresh": list(fresh)}
     if found.normalize is not None and first.preprocess:
         first = replace(first, preprocess=_normalized(first.preprocess, found.normalize))
-    return first.advance("weights", module, settings=used, metrics={})
+    return first.advance(STAGE, module, settings=used, metrics={})
+
+
+def fresh_weights(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of the weights that the file or download it began with did not have, or had for other channels."""
+    stages = [stage for stage in checkpoint.lineage if stage.stage == STAGE]
+    return tuple(stages[-1].settings["fresh"]) if stages else ()
 
 
 def read_state(path: Path) -> Weights:
@@ -87,11 +96,11 @@ def load_into(module: nn.Module, weights: Weights, *, network: str) -> tuple[str
         InputRefused: they are not those of the network; the first three names say why.
     """
     wanted = module.state_dict()
-    state = {name: tensor for name, tensor in weights.state.items() if not name.startswith(_AUXILIARY)}
+    state = {
+        name: tensor for name, tensor in weights.state.items() if name in wanted or not name.startswith(_AUXILIARY)
+    }
     changed = _fit_channels(module, state, wanted) + _leave_classifier(state, wanted)
-    bad = [
-        _describe(name, wanted, state) for name in sorted(wanted.keys() | state.keys()) if _differ(name, wanted, state)
-    ]
+    bad = [why for name in sorted(wanted.keys() | state.keys()) if (why := _misfit(name, wanted, state)) is not None]
     if bad:
         shown = ", ".join(bad[:3]) + (", …" if len(bad) > 3 else "")
         raise InputRefused(
@@ -114,7 +123,8 @@ def _imagenet(network: str, settings: Mapping[str, Any]) -> Weights:
     best = torchvision.models.get_model_weights(network).DEFAULT
     own = {name: value for name, value in settings.items() if name not in ("classes", "in_channels")}
     try:
-        module = torchvision.models.get_model(network, weights=best, progress=False, **own)
+        with redirect_stdout(sys.stderr):  # where torch.hub says that it downloads; stdout is for results
+            module = torchvision.models.get_model(network, weights=best, progress=False, **own)
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise InputRefused(
             f"the ImageNet weights of {network} cannot be had: {first_line(error)}",
@@ -194,16 +204,15 @@ def _leave_classifier(state: dict[str, torch.Tensor], wanted: Mapping[str, torch
     return tuple(layer)
 
 
-def _differ(name: str, wanted: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> bool:
-    return name not in wanted or name not in state or wanted[name].shape != state[name].shape
-
-
-def _describe(name: str, wanted: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> str:
+def _misfit(name: str, wanted: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> str | None:
+    """What is wrong with the tensor of this name; None where nothing is."""
     if name not in state:
         return f"{name} is missing"
     if name not in wanted:
         return f"{name} is not known"
-    return f"{name} is {list(state[name].shape)}, not {list(wanted[name].shape)}"
+    if state[name].shape != wanted[name].shape:
+        return f"{name} is {list(state[name].shape)}, not {list(wanted[name].shape)}"
+    return None
 
 
 def _normalized(steps: tuple[dict[str, Any], ...], normalize: dict[str, Any]) -> tuple[dict[str, Any], ...]:
