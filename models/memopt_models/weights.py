@@ -104,7 +104,7 @@ def load_into(module: nn.Module, weights: Weights, *, network: str) -> tuple[str
     if bad:
         shown = ", ".join(bad[:3]) + (", …" if len(bad) > 3 else "")
         raise InputRefused(
-            f"{weights.name} has not the weights of {network}: {len(bad)} of {len(wanted)} names differ: {shown}",
+            f"{weights.name} has not the weights of {network}: {len(bad)} names differ: {shown}",
             hint="the network and settings that they were trained with",
         )
     broken = next((name for name, tensor in state.items() if tensor.is_floating_point() and tensor.isnan().any()), None)
