@@ -107,20 +107,21 @@ for _command in training_cli.COMMANDS:
 @click.option("--data", help=f"Samples that prove parity; default: what it was trained on. {DATA_SPECS}")
 @click.option("--samples", type=click.IntRange(min=2), default=64, show_default=True, help="How many prove parity.")
 @click.option("--program", type=click.Path(path_type=Path), help="Also write torch's exported program, OUT.pt2.")
+@click.option("--uint8-input", "uint8", is_flag=True, help="Take pictures as they are; normalize inside.")
 @output_option
 @data_root_option
 @force_option
 @as_json_option
 def export(
-    checkpoint: str, network: str | None, data: str | None, samples: int, program: Path | None, output: Path,
-    data_root: Path | None, force: bool, as_json: bool,
+    checkpoint: str, network: str | None, data: str | None, samples: int, program: Path | None, uint8: bool,
+    output: Path, data_root: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Bring CHECKPOINT, or the module that pkg.mod:factory makes, to ONNX, and prove parity with torch."""
     from memopt_export import commands, console
 
     saved = commands.export(
         checkpoint, data, output,
-        network=network, samples=samples, program=program, data_root=data_root, force=force,
+        network=network, samples=samples, program=program, uint8=uint8, data_root=data_root, force=force,
     )  # fmt: skip
     console.show(saved, as_json=as_json)
 

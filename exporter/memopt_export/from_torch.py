@@ -89,7 +89,7 @@ def export(checkpoint: Checkpoint, samples: Array) -> Exported:
     parity = prove_parity(graph, samples, expected.numpy())
     if not parity.holds:
         raise AnswerIsNo(f"the graph differs from torch by {parity.max_difference:.3g} on {parity.samples} samples")
-    return Exported(graph, parity, _serialize(program, graph))
+    return Exported(graph, parity, serialize(program, graph))
 
 
 def prove_parity(graph: Graph, samples: Array, expected: Array) -> Parity:
@@ -127,7 +127,7 @@ def _to_graph(program: torch.export.ExportedProgram, example: torch.Tensor, chec
     )
     if converted is None:
         raise InputRefused(f"torch.onnx could not convert {checkpoint.network}")
-    return Graph(converted.model_proto, checkpoint.sha256)
+    return Graph(converted.model_proto, checkpoint.sha256, preprocess=checkpoint.preprocess)
 
 
 def _pool(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -144,7 +144,7 @@ def _pool(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return pooled
 
 
-def _serialize(program: torch.export.ExportedProgram, graph: Graph) -> bytes:
+def serialize(program: torch.export.ExportedProgram, graph: Graph) -> bytes:
     """The `.pt2` archive, without example inputs, with the names that `memopt.torch_runtime` reads."""
     import torch
 
