@@ -71,18 +71,27 @@ def find_factory(network: str) -> Callable[..., Any]:
         return load_factory(network)
     if network in NETWORKS:
         return NETWORKS[network]
-    import torchvision
-
-    names = torchvision.models.list_models(module=torchvision.models)
-    if network in names:
+    if is_torchvision(network):
         return partial(torchvision_classifier, network)
-    alike = difflib.get_close_matches(network, [*NETWORKS, *names])
+    alike = difflib.get_close_matches(network, [*NETWORKS, *_torchvision_names()])
     hint = (
         f"did you mean {' or '.join(alike)}?"
         if alike
         else f"{', '.join(NETWORKS)}, a torchvision model or pkg.mod:factory"
     )
     raise UsageError(f"network {network!r} is not known", hint=hint)
+
+
+def is_torchvision(network: str) -> bool:
+    """Whether this is the name of one of torchvision's classifiers."""
+    return ":" not in network and network not in NETWORKS and network in _torchvision_names()
+
+
+def first_convolution(module: nn.Module) -> str:
+    """The name of the convolution that takes the input; "" where there is none."""
+    from torch import nn
+
+    return next((name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)), "")
 
 
 def simple_cnn(
@@ -191,6 +200,13 @@ def torchvision_classifier(name: str, *, classes: int, in_channels: int = 3, **s
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"simple_cnn": simple_cnn, "ds_cnn": ds_cnn, "tiny_cnn": tiny_cnn}
 
 
+def _torchvision_names() -> list[str]:
+    import torchvision
+
+    names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names
+
+
 def _separable(inputs: int, outputs: int, *, stride: int) -> nn.Module:
     from torch import nn
 
@@ -212,7 +228,8 @@ def _conv_norm_relu(inputs: int, outputs: int, *, kernel: int, stride: int = 1, 
 def _change_first_convolution(module: nn.Module, in_channels: int) -> None:
     from torch import nn
 
-    first = next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
+    first = module.get_submodule(first_convolution(module))
+    assert isinstance(first, nn.Conv2d)  # of torchvision's classifiers each begins with one
     first.in_channels = in_channels
     first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, in_channels, *first.kernel_size))
     first.reset_parameters()
