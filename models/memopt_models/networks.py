@@ -156,29 +156,34 @@ def ds_cnn(classes: int = 10, in_channels: int = 1, width: int = 8, depth: int =
     return nn.Sequential(layers)
 
 
-def tiny_cnn(classes: int = 10, in_channels: int = 1, width: int = 24, depth: int = 4) -> nn.Module:
-    """A student for the smallest files: strided 3x3 stem, separable blocks of one width, max pooling, global average.
+def tiny_cnn(classes: int = 10, in_channels: int = 1, channels: Sequence[int] = (11, 20, 24, 32, 32)) -> nn.Module:
+    """A student for the smallest files: strided 3x3 stem, separable blocks, max pooling, global average, one layer.
 
     Blocks are those of `ds_cnn`, without strides; the pooling halves height and width after the first half of them.
-    All do the same in the same shape, so that a compact graph says once what they do.
+    They differ in nothing but their channels, so that a compact graph says once what they do.
 
     Args:
         classes: number of outputs.
         in_channels: channels of the input.
-        width: outputs of the stem and of every block.
-        depth: number of blocks.
+        channels: outputs of the stem and of every block.
     """
     from torch import nn
 
-    _check_positive(classes=classes, in_channels=in_channels, width=width, depth=depth)
-    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=_conv_norm_relu(in_channels, width, kernel=3, stride=2))
-    for k in range(1, depth + 1):
-        layers[f"block{k}"] = _separable(width, width, stride=1)
-        if k == (depth + 1) // 2:
+    _check_positive(classes=classes, in_channels=in_channels)
+    if not isinstance(channels, (list, tuple)) or len(channels) < 2:
+        raise UsageError(f"channels is {channels!r}, two numbers at least are needed", hint="channels = [12, 20, 24]")
+    for width in channels:
+        _check_positive(channels=width)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        stem=_conv_norm_relu(in_channels, channels[0], kernel=3, stride=2)
+    )
+    for k in range(1, len(channels)):
+        layers[f"block{k}"] = _separable(channels[k - 1], channels[k], stride=1)
+        if k == len(channels) // 2:
             layers["pool"] = nn.MaxPool2d(2)
     layers["mean"] = nn.AdaptiveAvgPool2d(1)
     layers["flatten"] = nn.Flatten()
-    layers["fc"] = nn.Linear(width, classes)
+    layers["fc"] = nn.Linear(channels[-1], classes, bias=False)
     return nn.Sequential(layers)
 
 
