@@ -68,6 +68,7 @@ class SavedGraph:
     sha256: str
     weights_sha256: str
     parity: Parity
+    precision: str = "fp32"  # of its weights and activations
     program: str | None = None
 
 
@@ -157,12 +158,12 @@ class CompareRequest:
         base = read_report(_read_bytes(self.against))
         return lambda report: replace(report, gate=hold_against(report, base, tolerances, where=where))
 
-    def judgement(self, given: Samples) -> Judgement:
-        """What outputs are judged by."""
-        from memopt_models.data import open_data
+    def judgement(self, given: Samples, inputs: Sequence[TensorSpec]) -> Judgement:
+        """What the outputs of models with these inputs are judged by."""
+        from memopt_models.data import is_data_set, open_data
         from memopt_models.factories import load_factory
 
-        named = self.confusion and not self.data.endswith(".npz")
+        named = self.confusion and is_data_set(self.data, inputs)
         return Judgement(
             labels=given.labels,
             classes=open_data(self.data, root=self.data_root).classes if named else (),
@@ -352,7 +353,8 @@ class Diagnosis:
 
 def export(
     source: str, data: str | None, output: Path, *, samples: int, network: str | None = None,
-    program: Path | None = None, data_root: Path | None = None, force: bool = False,
+    program: Path | None = None, compact: bool = False, views: int = 1, data_root: Path | None = None,
+    force: bool = False,
 ) -> SavedGraph:  # fmt: skip
     """A checkpoint, or the module that `pkg.mod:factory` makes, as ONNX."""
     from memopt_export import from_torch
@@ -364,18 +366,22 @@ def export(
     checkpoint = _checkpoint_of(source, network, data, data_root)
     spec = data or _data_of(checkpoint)
     found = open_samples(spec, split="validation", inputs=checkpoint.inputs, root=data_root, at_most=samples)
-    exported = from_torch.export(checkpoint, found.feeds[checkpoint.inputs[0].name])
+    pictures = found.feeds[checkpoint.inputs[0].name]
+    exported = from_torch.export(checkpoint, pictures, compact=compact, views=views)
     save_graph(exported.graph, output, force=force)
     if program is not None:
         write_atomically(program, exported.program, force=force)
     return SavedGraph(
         str(output), output.stat().st_size, exported.graph.sha256, exported.graph.weights_sha256, exported.parity,
-        str(program) if program else None,
+        exported.graph.precision, str(program) if program else None,
     )  # fmt: skip
 
 
-def simplify(model: Path, output: Path, *, external: bool = False, force: bool = False) -> SavedSimple:
+def simplify(
+    model: Path, output: Path, *, external: bool = False, compact: bool = False, force: bool = False
+) -> SavedSimple:
     """The same function in a file without what it does not need."""
+    from memopt_export import compact as compacting
     from memopt_export import simplify as simplifying
     from memopt_export.graph import load_graph, save_graph
 
@@ -383,7 +389,7 @@ def simplify(model: Path, output: Path, *, external: bool = False, force: bool =
     _refuse_own_input(output, [model])
     graph = load_graph(model)
     before = sum(file.stat().st_size for file in (model, model.with_name(model.name + ".data")) if file.is_file())
-    done = simplifying.simplify(graph)
+    done = compacting.compact(graph) if compact else simplifying.simplify(graph)
     save_graph(done, output, force=force, external=external)
     size = sum(file.stat().st_size for file in (output, output.with_name(output.name + ".data")) if file.is_file())
     return SavedSimple(
@@ -453,14 +459,14 @@ def quantize(
 
 def engine(
     model: Path, flavor: str, targets: Sequence[str], batches: Sequence[tuple[int, int, int]], output: Path, *,
-    force: bool = False, timeout_s: float = 600.0,
+    weight_streaming: bool = False, force: bool = False, timeout_s: float = 600.0,
 ) -> SavedEngine:  # fmt: skip
     """A TensorRT engine with its sidecar, for the targets that can take the graph; the others with their reasons."""
     from memopt_export.graph import load_graph
     from memopt_export.tensorrt_engine import EngineSettings, build, save_engine, split_targets
 
     refuse_to_overwrite(output, force=force)
-    how = EngineSettings(flavor, tuple(targets), tuple(batches))
+    how = EngineSettings(flavor, tuple(targets), tuple(batches), weight_streaming)
     accepted, refused = split_targets(load_graph(model).model, how.targets, flavor=how.flavor)
     if not accepted:
         return SavedEngine(None, 0, None, refused)
@@ -593,7 +599,7 @@ def compare_files(paths: Sequence[Path], request: CompareRequest, listener: List
     todo = cells(found, batches=request.batches, runtimes=request.runtimes or None, devices=request.devices)
     on = Given(given.feeds, given.source, given.fingerprint)
     report = compare(
-        todo, on, request.judgement(given),
+        todo, on, request.judgement(given, inputs),
         reference=request.reference, machine=machine.describe(), soak_runs=request.soak, listener=listener,
     )  # fmt: skip
     report = judge(report)
@@ -623,7 +629,7 @@ def pack(
     from memopt_export.signing import load_key
     from memopt_export.specialize import specialize
     from memopt_export.stages import tool_versions
-    from memopt_models.data import Pictures, open_data, stream_samples
+    from memopt_models.data import Pictures, is_data_set, open_data, stream_samples
 
     _refuse_own_input(output, paths)
     key = load_key(sign, passphrase) if sign is not None else None
@@ -633,14 +639,15 @@ def pack(
         part.id: why for part in graphs if specialized and (why := gains_nothing(part.graph.precision)) is not None
     }
     parts += [specialize(part) for part in graphs if specialized and part.id not in skipped]
-    opened = open_data(data, root=data_root) if data and not data.endswith(".npz") else None
+    named = data is not None and bool(graphs) and is_data_set(data, graphs[0].graph.inputs)
+    opened = open_data(data, root=data_root) if data is not None and named else None
     golden, pictures = {}, None
     if data and graphs:
         first = graphs[0].graph
         at_most = first.fixed_batch or packing.GOLDEN_SAMPLES
         found = stream_samples(data, split="test", inputs=first.inputs, root=data_root, at_most=at_most)
         golden = found.pick(slice(None)).feeds
-        pictures = found.split.images if isinstance(found, Pictures) else None
+        pictures = found.pictures if isinstance(found, Pictures) else None
     contents = packing.Contents(
         name=name or output.stem,
         parts=tuple(parts),

@@ -48,6 +48,7 @@ class Graph:
     weights_sha256: str
     precision: str = "fp32"
     quantization: Provenance | None = None  # what quantized it, where that is known
+    has_card: bool = True  # whether the file says the above; it takes some 130 bytes
 
     @cached_property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -62,7 +63,7 @@ class Graph:
 
     @cached_property
     def data(self) -> bytes:
-        """The serialized model, our metadata entry included; equal graphs give equal bytes."""
+        """The serialized model, with our metadata entry where it has one; equal graphs give equal bytes."""
         model = self.copy_model()
         self._write_card(model)
         return bytes(model.SerializeToString(deterministic=True))
@@ -74,6 +75,8 @@ class Graph:
 
     def _write_card(self, model: onnx.ModelProto) -> None:
         del model.metadata_props[:]
+        if not self.has_card:
+            return
         entry = model.metadata_props.add()
         entry.key = METADATA_KEY
         entry.value = json.dumps(self._card(), sort_keys=True)
@@ -375,6 +378,7 @@ _QUANTIZED_OPERATORS = frozenset({
     "QuantizeLinear", "DequantizeLinear", "MatMulNBits", "MatMulInteger", "ConvInteger", "MatMulIntegerToFloat",
     "QGemm", "GatherBlockQuantized", "MatMulBnb4", "QAttention",
 })  # fmt: skip
+_SMALL_INTEGERS = frozenset({"int2", "int4", "int8", "uint2", "uint4", "uint8"})
 
 
 def inner_layers(model: onnx.ModelProto, operators: Container[str]) -> tuple[str, ...]:
@@ -389,11 +393,15 @@ def has_subgraph(node: onnx.NodeProto) -> bool:
 
 def is_quantized(model: onnx.ModelProto) -> bool:
     """Whether any node already works on quantized values, subgraphs and functions included."""
-    return any(
-        node.op_type in _QUANTIZED_OPERATORS or node.op_type.startswith(("QLinear", "DynamicQuantize"))
-        for body in bodies(model)
-        for node in body.graph.node
-    )
+    return bool(_quantizers(model))
+
+
+def _quantizers(model: onnx.ModelProto) -> set[str]:
+    """The operators that work on quantized values."""
+    operators = {node.op_type for body in bodies(model) for node in body.graph.node}
+    return {
+        name for name in operators if name in _QUANTIZED_OPERATORS or name.startswith(("QLinear", "DynamicQuantize"))
+    }
 
 
 def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
@@ -438,12 +446,17 @@ def _digest_of_tensors(model: onnx.ModelProto) -> str:
 
 
 def _guess_precision(model: onnx.ModelProto) -> str:
-    """The precision of a graph that does not say: by its quantizers, else by its initializers."""
+    """The precision of a graph that does not say: by its quantizers, else by its initializers.
+
+    Where nothing but weights is dequantized, it is called after the smallest of them, such as "int4-weights".
+    """
     import onnx
 
-    if is_quantized(model):
-        return "int8"
     dtypes = {tensor.data_type for tensor in model.graph.initializer}
+    quantizers = _quantizers(model)
+    if quantizers:
+        bits = [DTYPE_BITS[name] for name in map(plain_name, dtypes) if name in _SMALL_INTEGERS]
+        return f"int{min(bits)}-weights" if bits and quantizers == {"DequantizeLinear"} else "int8"
     if onnx.TensorProto.FLOAT in dtypes or not dtypes:
         return "fp32"
     return "fp16" if onnx.TensorProto.FLOAT16 in dtypes else "bf16" if onnx.TensorProto.BFLOAT16 in dtypes else "fp32"

@@ -147,6 +147,32 @@ def ds_cnn(classes: int = 10, in_channels: int = 1, width: int = 8, depth: int =
     return nn.Sequential(layers)
 
 
+def tiny_cnn(classes: int = 10, in_channels: int = 1, width: int = 24, depth: int = 4) -> nn.Module:
+    """A student for the smallest files: strided 3x3 stem, separable blocks of one width, max pooling, global average.
+
+    Blocks are those of `ds_cnn`, without strides; the pooling halves height and width after the first half of them.
+    All do the same in the same shape, so that a compact graph says once what they do.
+
+    Args:
+        classes: number of outputs.
+        in_channels: channels of the input.
+        width: outputs of the stem and of every block.
+        depth: number of blocks.
+    """
+    from torch import nn
+
+    _check_positive(classes=classes, in_channels=in_channels, width=width, depth=depth)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=_conv_norm_relu(in_channels, width, kernel=3, stride=2))
+    for k in range(1, depth + 1):
+        layers[f"block{k}"] = _separable(width, width, stride=1)
+        if k == (depth + 1) // 2:
+            layers["pool"] = nn.MaxPool2d(2)
+    layers["mean"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    layers["fc"] = nn.Linear(width, classes)
+    return nn.Sequential(layers)
+
+
 def torchvision_classifier(name: str, *, classes: int, in_channels: int = 3, **settings: Any) -> nn.Module:
     """A torchvision model without pretrained weights, its first convolution made to take `in_channels`."""
     import torchvision
@@ -162,7 +188,7 @@ def torchvision_classifier(name: str, *, classes: int, in_channels: int = 3, **s
     return module
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"simple_cnn": simple_cnn, "ds_cnn": ds_cnn}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"simple_cnn": simple_cnn, "ds_cnn": ds_cnn, "tiny_cnn": tiny_cnn}
 
 
 def _separable(inputs: int, outputs: int, *, stride: int) -> nn.Module:

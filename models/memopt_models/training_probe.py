@@ -190,6 +190,8 @@ def _made_up(checkpoint: Checkpoint, how: TrainSettings) -> DataSet:
 
     def split(samples: int) -> Split:
         images = rng.integers(0, 256, (samples, height, width, channels), np.uint8)
+        if not checkpoint.preprocess:  # it takes float32 as it is
+            images = rng.standard_normal((samples, channels, height, width), np.float32)
         return Split(images, rng.integers(0, classes, samples))
 
     few = split(how.micro_batch)

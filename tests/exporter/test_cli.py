@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_graph: Graph, tiny_bun
 
 
 COMMANDS = (
-    "compare", "distill", "doctor", "engine", "export", "inspect", "keygen", "pack", "pipeline", "plan", "prune",
+    "compare", "distill", "doctor", "engine", "export", "inspect", "keygen", "pack", "pipeline", "plan", "prune", "qat",
     "quantize", "run", "simplify", "train", "verify",
 )  # fmt: skip
 
