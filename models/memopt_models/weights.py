@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -152,8 +153,8 @@ def _read_pickle(path: Path) -> Any:
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001  # what is no pickle raises whatever its bytes happen to ask for
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+    except Exception as error:  # what is no pickle raises whatever its bytes happen to ask for
+        if isinstance(error, pickle.UnpicklingError) and re.search("unsupported global", str(error), re.IGNORECASE):
             raise InputRefused(
                 f"{path} holds more than weights, and code is not run", hint="torch.save(model.state_dict(), FILE)"
             ) from error
