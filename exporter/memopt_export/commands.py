@@ -595,17 +595,23 @@ def compare_files(paths: Sequence[Path], request: CompareRequest, listener: List
         _refuse_own_input(request.html, paths)
     judge = request.judge()
     seen, refused = _look_at(paths)
-    inputs, steps = next((each.inputs, each.preprocess) for each in seen.values() if each.inputs is not None)
-    given = open_samples(
-        request.data, split="test", inputs=inputs, preprocess=steps, root=request.data_root, at_most=request.samples,
-        seed=request.seed,
-    )  # fmt: skip
+    opened = partial(
+        open_samples, request.data, split="test", root=request.data_root, at_most=request.samples, seed=request.seed
+    )
+    forms = {
+        each.takes_pictures: (each.inputs, each.preprocess)
+        for each in reversed(list(seen.values()))
+        if each.inputs is not None
+    }
+    inputs, steps = forms.get(False) or forms[True]
+    given = opened(inputs=inputs, preprocess=steps)
+    pictures = opened(inputs=forms[True][0], preprocess=forms[True][1]).feeds if len(forms) == 2 else {}
     found = [
         seen[subject.path].told_of(subject) if subject.path in seen else subject
         for subject in subjects(paths, trust_engines=request.trust_engines, refused=refused)
     ]
     todo = cells(found, batches=request.batches, runtimes=request.runtimes or None, devices=request.devices)
-    on = Given(given.feeds, given.source, given.fingerprint)
+    on = Given(given.feeds, given.source, given.fingerprint, pictures)
     report = compare(
         todo, on, request.judgement(given, inputs),
         reference=request.reference, machine=machine.describe(), soak_runs=request.soak, listener=listener,
@@ -867,8 +873,14 @@ class _Seen:
     planned: tuple[PlannedPoint, ...] = ()
     preprocess: tuple[dict[str, Any], ...] | None = None
 
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether its first input is uint8."""
+        return self.inputs is not None and [spec.dtype for spec in self.inputs[:1]] == ["uint8"]
+
     def told_of(self, subject: Subject) -> Subject:
         """The subject with all of that."""
+        subject = replace(subject, takes_pictures=self.takes_pictures)
         if self.weights_bytes is None:
             return subject
         return replace(subject, precision=self.precision, weights_bytes=self.weights_bytes, planned=self.planned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -152,12 +153,12 @@ def _read_pickle(path: Path) -> Any:
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputRefused(
-            f"{path} holds more than weights, and code is not run", hint="torch.save(model.state_dict(), FILE)"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise InputRefused(f"{path} cannot be read by torch: {first_line(error)}") from error
+    except Exception as error:  # what is no pickle raises whatever its bytes happen to ask for
+        if isinstance(error, pickle.UnpicklingError) and re.search("unsupported global", str(error), re.IGNORECASE):
+            raise InputRefused(
+                f"{path} holds more than weights, and code is not run", hint="torch.save(model.state_dict(), FILE)"
+            ) from error
+        raise InputRefused(f"{path} cannot be read by torch: {type(error).__name__}") from error
 
 
 def _named(held: Any, path: Path) -> dict[str, torch.Tensor]:

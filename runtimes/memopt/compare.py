@@ -38,6 +38,7 @@ class Subject:
     weights_bytes: int | None = None
     planned: tuple[PlannedPoint, ...] = ()
     refused: str | None = None  # why it may not run, or cannot be opened
+    takes_pictures: bool = False  # as uint8, and makes numbers of them itself
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Given:
     feeds: Mapping[str, Array]  # by input name; first axis = samples
     source: str = ""  # where they come from, such as "digits/test"
     sha256: str | None = None  # of inputs and labels
+    pictures: Mapping[str, Array] = field(default_factory=dict)  # the same, for artifacts that take pictures
 
 
 @dataclass(frozen=True)
@@ -170,10 +172,13 @@ def compare(
     place: str | None = None
     with tempfile.TemporaryDirectory(prefix="memopt-compare-") as name:
         folder = Path(name)
-        files = save_arrays(given.feeds, folder)
+        files = {False: save_arrays(given.feeds, folder)}
+        if given.pictures:
+            files[True] = save_arrays(given.pictures, folder, name="picture")
         for number, i in enumerate(order, 1):
             listener.on_cell(todo[i], number, len(todo))
-            row, outputs = _measure_cell(todo[i], files, folder / f"outputs-{i}", soak_runs)
+            fitting = files.get(todo[i].subject.takes_pictures, files[False])
+            row, outputs = _measure_cell(todo[i], fitting, folder / f"outputs-{i}", soak_runs)
             if outputs and expected is None and row.name == wanted:
                 expected, place = outputs[0], row.place
             rows[i] = judged(row, outputs, expected, judgement) if outputs else row
@@ -201,13 +206,13 @@ def retimed(report: Report, again: Report) -> Report:
     return replace(report, rows=_with_ratios(rows, report.reference))
 
 
-def save_arrays(feeds: Mapping[str, Array], folder: Path) -> dict[str, str]:
+def save_arrays(feeds: Mapping[str, Array], folder: Path, *, name: str = "input") -> dict[str, str]:
     """The samples as .npy files in `folder`, for every process to map: input name -> path."""
     if not feeds:
         raise InputRefused("there are no samples", hint="--data SPEC")
-    files = {name: str(folder / f"input-{i}.npy") for i, name in enumerate(feeds)}
-    for name, array in feeds.items():
-        np.save(files[name], array)
+    files = {each: str(folder / f"{name}-{i}.npy") for i, each in enumerate(feeds)}
+    for each, array in feeds.items():
+        np.save(files[each], array)
     return files
 
 

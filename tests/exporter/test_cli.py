@@ -171,6 +171,12 @@ REFUSED = [
     (("train", "--precision", "fp8", "-o", "x.safetensors"), 2, "precision 'fp8' is not known"),
     (("train", "--max-memory", "much", "-o", "x.safetensors"), 2, "'much' is not a size"),
     (("train", "--setting", "width", "-o", "x.safetensors"), 2, "--setting 'width' is not NAME=VALUE"),
+    (("train", "--classes", "3", "-o", "x.safetensors"), 2, "data 'digits' has 10 classes, not 3; hint: --classes 10"),
+    (("train", "--in-channels", "3", "-o", "x.safetensors"), 2, "has 1 channels, not 3; hint: --in-channels 1"),
+    (("train", "--weights", "none.pt", "-o", "x.safetensors"), 3, "none.pt does not exist; hint: --weights FILE, or"),
+    (("train", "--weights", "other.txt", "-o", "x.safetensors"), 3, "other.txt"),
+    (("train", "--weights", "imagenet", "-o", "x.safetensors"), 2, "network 'simple_cnn' has no ImageNet weights"),
+    (("train", "--weights", "a", "--start", "b", "-o", "x.safetensors"), 2, "hint: either --start or --weights"),
     (("prune", "none.safetensors", "--ratio", "1.5", "-o", "x.safetensors"), 2, "ratio is 1.5"),
     (("pipeline", "nope"), 3, "recipe 'nope' is no file"),
 ]

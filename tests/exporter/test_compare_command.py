@@ -15,10 +15,14 @@ from rich.console import Console
 
 from memopt import compare as comparing
 from memopt import probe
+from memopt.preprocess import prepare
 from memopt.report import Report, read_report
-from memopt_export import cli, console, preflight
+from memopt_export import cli, console, from_torch, preflight
 from memopt_export.graph import save_graph
 from memopt_export.pack import Contents
+from memopt_export.uint8_input import take_pictures
+from memopt_models.data import open_data
+from memopt_models.train import TrainSettings, begin
 
 MIB = 2**20
 METRIC = """
@@ -88,6 +92,22 @@ def test_broken_artifacts_keep_their_rows_wherever_they_stand(
     assert all(row["p50_ms"] > 0 and row["weights_bytes"] and row["activation_bytes"] for row in rows[2:4])
     assert json.loads(out)["reference"] == "large.onnx"
     assert seen == ["broken.onnx", "large.onnx", "small.onnx"]  # each graph once
+
+
+def test_what_takes_pictures_is_fed_them_beside_what_takes_floats(typed: Typed, tmp_path: Path) -> None:
+    data = open_data("digits")
+    graph = from_torch.export(
+        begin("simple_cnn", {"hidden": 4}, data, TrainSettings(epochs=1), start=None),
+        prepare(data.validation.images[:4], data.preprocess),
+    ).graph
+    save_graph(take_pictures(graph), tmp_path / "pictures.onnx")
+    save_graph(graph, tmp_path / "floats.onnx")
+    for names in (("pictures.onnx", "floats.onnx"), ("pictures.onnx",)):
+        files = [tmp_path / name for name in names]
+        code, out, _ = typed(*files, "--data", "digits", "--samples", 20, "--batch", 4, "--json")
+        rows = read_report(out.encode()).rows
+        assert code == 0
+        assert [(row.reason, row.agreement) for row in rows] == [(None, 1.0)] * len(names)
 
 
 def test_where_nothing_can_be_opened_the_first_refusal_is_the_answer(typed: Typed, folder: Path) -> None:

@@ -83,6 +83,7 @@ class Program:
         (lambda path: torch.save([1, 2], path), "holds a list, no state dict; hint: torch.save(model.state_dict()"),
         (lambda path: torch.save({"epoch": 1, "lr": 2}, path), "holds epoch, lr, no state dict"),
         (lambda path: torch.save({}, path), "holds nothing, no state dict"),
+        (lambda path: path.write_text("no weights"), "x.pt cannot be read by torch: "),
         (lambda path: path.write_bytes(b""), "x.pt cannot be read by torch: "),
         (lambda path: path.write_bytes(b"PK\3\4" + bytes(100)), "x.pt cannot be read by torch: "),
     ],
