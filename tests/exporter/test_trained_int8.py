@@ -133,7 +133,7 @@ def test_program_runs_without_torchao_and_answers_as_the_graph(case: Case, tmp_p
     path = tmp_path / "q.pt2"
     path.write_bytes(case.exported.program)
     session = runtime("torch").open(open_artifact(path))
-    (got,) = session.run({"input": case.samples}).values()
+    (got,) = session.run({"input": case.samples})
     session.close()
     (expected,) = run_graph(case.exported.graph, {"input": case.samples}, optimized=False)
     np.testing.assert_allclose(got, expected, atol=0.02 * np.abs(expected).max())
