@@ -69,8 +69,11 @@ def show(value: Any, *, as_json: bool) -> None:
 
 
 @contextmanager
-def training() -> Iterator[Callable[[Progress], None]]:
+def training(*, quiet: bool = False) -> Iterator[Callable[[Progress], None]]:
     """Shows the steps of a training as one line that is overwritten, and one line that stays for each epoch."""
+    if quiet:
+        yield lambda progress: None
+        return
     with _progress_line() as line:
         yield lambda progress: _show_step(line, progress)
 
@@ -249,6 +252,7 @@ def _draw_checkpoint(console: Console, saved: SavedCheckpoint) -> None:
     facts: dict[str, object] = {
         "saved": f"{saved.path} ({show_size(saved.size_bytes)})",
         "network": f"{saved.network}, {saved.parameters} parameters",
+        "began fresh": ", ".join(saved.fresh) or None,
     }
     shares = {name: f"{100 * value:.2f}%" for name, value in saved.metrics.items() if "top1" in name}
     if saved.pruned is not None:

@@ -21,6 +21,7 @@ from memopt_export.graph import Graph, run_graph
 from memopt_export.provenance import Provenance
 from memopt_export.recipe import Recipe
 from memopt_export.simplify import simplify
+from memopt_export.views import check_views, module_seen_from, seen_from
 from memopt_models import pt2e, ste
 from memopt_models.checkpoint import Checkpoint
 from memopt_models.qat import deployed
@@ -68,13 +69,14 @@ class Exported:
     program: bytes
 
 
-def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False) -> Exported:
+def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False, views: int = 1) -> Exported:
     """The checkpoint as an ONNX graph with a free batch dimension.
 
     Args:
         checkpoint: what to export.
         samples: real inputs, (samples, ...), at least two; parity is proved on them.
         compact: whether the graph is brought to few bytes, see `compact.compact`.
+        views: places that every picture is seen from, see `views.seen_from`.
 
     Raises:
         InputRefused: torch cannot export the network, or there are no samples.
@@ -84,11 +86,13 @@ def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False) -> 
 
     if len(samples) < 2:
         raise InputRefused("parity is proved on at least two samples", hint="--data SPEC")
+    check_views(views)
     module = deployed(checkpoint)
+    whole = module if views == 1 else module_seen_from(module, views)
     inputs = torch.from_numpy(np.ascontiguousarray(samples))
     try:
         with torch.inference_mode():
-            expected = module(inputs)
+            expected = whole(inputs)
     except (RuntimeError, ValueError, TypeError) as error:
         shape = show_shape(inputs.shape)
         raise InputRefused(f"{checkpoint.network} cannot run on {shape}: {first_line(error)}") from error
@@ -100,6 +104,10 @@ def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False) -> 
     method = checkpoint.quantization.get("method")
     if method is not None:
         graph = _ROUNDED[method](graph, checkpoint, module)
+    if views > 1:
+        graph = seen_from(graph, views)
+        with quiet():
+            program = trace(whole, inputs[:2], checkpoint.network)
     if compact:
         graph = compacting.compact(graph)
     parity = prove_parity(graph, samples, expected.numpy(), rounded=method == pt2e.METHOD)
@@ -108,7 +116,7 @@ def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False) -> 
     if method == pt2e.METHOD:
         with quiet():
             program = pt2e.without_torchao(program)
-    return Exported(graph, parity, _serialize(program, graph))
+    return Exported(graph, parity, serialize(program, graph))
 
 
 def draft(checkpoint: Checkpoint) -> Graph:
@@ -156,7 +164,7 @@ def _to_graph(program: torch.export.ExportedProgram, example: torch.Tensor, chec
     )
     if converted is None:
         raise InputRefused(f"torch.onnx could not convert {checkpoint.network}")
-    return Graph(converted.model_proto, checkpoint.sha256)
+    return Graph(converted.model_proto, checkpoint.sha256, preprocess=checkpoint.preprocess)
 
 
 def _pool(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -187,7 +195,7 @@ _ROUNDED: dict[str, Callable[[Graph, Checkpoint, torch.nn.Module], Graph]] = {
 }
 
 
-def _serialize(program: torch.export.ExportedProgram, graph: Graph) -> bytes:
+def serialize(program: torch.export.ExportedProgram, graph: Graph) -> bytes:
     """The `.pt2` archive, without example inputs, with the names that `memopt.torch_runtime` reads."""
     import torch
 

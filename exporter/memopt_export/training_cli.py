@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +24,9 @@ from memopt_export.options import (
     seed_option,
     training_data_option,
 )
+
+if TYPE_CHECKING:
+    from memopt_export.training_commands import Means
 
 
 class NumberOrAuto(click.ParamType[int]):
@@ -52,6 +57,45 @@ def _rounded_training(command: Command) -> Command:
     for option in (*_LEARNING, *_MEMORY, seed_option):
         command = option(command)
     return command
+
+
+def _surviving(command: Command) -> Command:
+    """The options of what is kept after every epoch, and may be divided among processes."""
+    for option in (
+        click.option(
+            "--restart", is_flag=True,
+            help="Drop what a killed run has kept beside the output; without, the same command goes on from there.",
+        ),
+        click.option(
+            "--nproc", type=click.IntRange(min=1), default=1, show_default=True,
+            help="Processes on this machine that share each batch. torchrun may start them instead, on several.",
+        ),
+        click.option(
+            "--parallel", default="ddp", show_default=True,
+            help="ddp: each process has the whole network; fsdp2: its training state is divided among them.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@contextmanager
+def _means(output: Path, *, restart: bool, nproc: int, parallel: str) -> Iterator[Means]:
+    """By what a command trains. Where other processes are to do it, it ends here when they have."""
+    from memopt_export import console, spread, training_commands
+    from memopt_models.resume import Keep
+
+    if nproc > 1 and "RANK" not in os.environ:
+        spread.run(click.get_current_context().obj, size=nproc)
+        raise SystemExit(0)
+    with (
+        spread.membership(os.environ, asked=nproc, parallel=parallel) as team,
+        console.training(quiet=not team.is_first) as on_step,
+    ):
+        keep = Keep(output)
+        if restart and team.is_first:
+            keep.forget()
+        yield training_commands.Means(on_step, keep, team)
 
 
 _LEARNING = (
@@ -109,25 +153,40 @@ _FLOATS = (
 )
 @training_data_option
 @_training
+@_surviving
+@click.option("--classes", type=click.IntRange(min=1), help="Outputs of the network; refused if the data has others.")
+@click.option("--in-channels", type=click.IntRange(min=1), help="Of the input; refused if the data has others.")
 @click.option("--start", type=click.Path(path_type=Path), help="Checkpoint to go on from.")
+@click.option(
+    "--weights",
+    metavar="FILE|imagenet",
+    help="Weights to start from: a state dict (.safetensors, or torch.save's), or torchvision's.",
+)
 @output_option
 @data_root_option
 @force_option
 @as_json_option
 def train(
-    network: str, settings: Sequence[str], data: str, start: Path | None, output: Path, data_root: Path | None,
-    force: bool, as_json: bool, **how: Any,
+    network: str, settings: Sequence[str], data: str, classes: int | None, in_channels: int | None,
+    start: Path | None, weights: str | None, output: Path, data_root: Path | None,
+    force: bool, as_json: bool, restart: bool, nproc: int, parallel: str, **how: Any,
 ) -> None:  # fmt: skip
-    """Train a dense checkpoint, or fine-tune one."""
+    """Train a dense checkpoint, or fine-tune one.
+
+    Weights for another number of classes lose their last layer, for another number of channels the first convolution is
+    averaged; both are said.
+    """
     from memopt_export import console, training_commands
     from memopt_models.train import TrainSettings
 
-    with console.training() as on_step:
+    with _means(output, restart=restart, nproc=nproc, parallel=parallel) as means:
         saved = training_commands.train(
             network, read_settings(settings), data, TrainSettings(**how), output,
-            start=start, data_root=data_root, force=force, on_step=on_step,
+            origin=training_commands.Origin(start, weights, classes, in_channels),
+            data_root=data_root, force=force, means=means,
         )  # fmt: skip
-    console.show(saved, as_json=as_json)
+    if saved is not None:
+        console.show(saved, as_json=as_json)
 
 
 @click.command()
@@ -165,13 +224,14 @@ def train(
 @click.option("--analysis-seconds", type=float, default=300.0, show_default=True, help="Its time, for one network.")
 @training_data_option
 @_training
+@_surviving
 @output_option
 @data_root_option
 @force_option
 @as_json_option
 def prune(
     checkpoint: Path, network: str | None, data: str, output: Path, data_root: Path | None, force: bool,
-    as_json: bool, **how: Any,
+    as_json: bool, restart: bool, nproc: int, parallel: str, **how: Any,
 ) -> None:  # fmt: skip
     """Make CHECKPOINT smaller, and fine-tune what is left (--epochs 0: not).
 
@@ -182,11 +242,12 @@ def prune(
     from memopt_export import console, training_commands
 
     settings = training_commands.pruning_settings(**how)
-    with console.training() as on_step:
+    with _means(output, restart=restart, nproc=nproc, parallel=parallel) as means:
         saved = training_commands.prune(
-            checkpoint, data, settings, output, network=network, data_root=data_root, force=force, on_step=on_step
+            checkpoint, data, settings, output, network=network, data_root=data_root, force=force, means=means
         )  # fmt: skip
-    console.show(saved, as_json=as_json)
+    if saved is not None:
+        console.show(saved, as_json=as_json)
 
 
 @click.command()
@@ -207,6 +268,7 @@ def prune(
 @click.option("--beta", type=float, default=1.0, show_default=True, help="Weight of the features, on top.")
 @training_data_option
 @_training
+@_surviving
 @output_option
 @data_root_option
 @force_option
@@ -214,7 +276,7 @@ def prune(
 def distill(
     teacher: Path, network: str | None, student: str, settings: Sequence[str], temperature: float, alpha: float,
     features: tuple[str, ...], beta: float, data: str, output: Path, data_root: Path | None, force: bool,
-    as_json: bool, **how: Any,
+    as_json: bool, restart: bool, nproc: int, parallel: str, **how: Any,
 ) -> None:  # fmt: skip
     """Train a small student from a teacher; the better of with and without the teacher is kept."""
     from memopt_export import console, training_commands
@@ -224,12 +286,13 @@ def distill(
     asked = DistillSettings(
         TrainSettings(**how), temperature=temperature, alpha=alpha, features=features, beta=beta
     )  # fmt: skip
-    with console.training() as on_step:
+    with _means(output, restart=restart, nproc=nproc, parallel=parallel) as means:
         saved = training_commands.distill(
             teacher, student, read_settings(settings), data, asked, output,
-            network=network, data_root=data_root, force=force, on_step=on_step,
+            network=network, data_root=data_root, force=force, means=means,
         )  # fmt: skip
-    console.show(saved, as_json=as_json)
+    if saved is not None:
+        console.show(saved, as_json=as_json)
 
 
 @click.command(context_settings={"default_map": {"epochs": 3, "learning_rate": 1e-4}})
@@ -251,13 +314,15 @@ def distill(
 @click.option("--per-channel", is_flag=True, help="Of weights alone: a step for each output channel, 4 bytes each.")
 @training_data_option
 @_rounded_training
+@_surviving
 @output_option
 @data_root_option
 @force_option
 @as_json_option
 def qat(
     checkpoint: Path, network: str | None, precision: str, target: str, layer_bits: Sequence[str], per_channel: bool,
-    data: str, output: Path, data_root: Path | None, force: bool, as_json: bool, **how: Any,
+    data: str, output: Path, data_root: Path | None, force: bool, as_json: bool, restart: bool,
+    nproc: int, parallel: str, **how: Any,
 ) -> None:  # fmt: skip
     """Train CHECKPOINT on, its weights and activations, or its weights alone, rounded as the deployed network is.
 
@@ -275,11 +340,12 @@ def qat(
         layer_bits=read_settings(layer_bits),
         per_channel=per_channel,
     )
-    with console.training() as on_step:
+    with _means(output, restart=restart, nproc=nproc, parallel=parallel) as means:
         saved = training_commands.qat(
-            checkpoint, data, asked, output, network=network, data_root=data_root, force=force, on_step=on_step
+            checkpoint, data, asked, output, network=network, data_root=data_root, force=force, means=means
         )  # fmt: skip
-    console.show(saved, as_json=as_json)
+    if saved is not None:
+        console.show(saved, as_json=as_json)
 
 
 COMMANDS = (train, prune, distill, qat)

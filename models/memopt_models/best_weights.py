@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from memopt.errors import OutOfResource
+from memopt_models.checkpoint import bytes_of
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class BestWeights:
         self._file.seek(0)
         try:
             for tensor in _tensors(module):
-                self._file.write(_bytes_of(tensor.cpu().contiguous()).data)
+                self._file.write(bytes_of(tensor).data)
             self._file.flush()
         except OSError as error:
             raise OutOfResource(
@@ -45,8 +45,21 @@ class BestWeights:
         self._file.seek(0)
         for tensor in _tensors(module):
             read = torch.empty(tensor.shape, dtype=tensor.dtype)
-            self._file.readinto(_bytes_of(read).data)
+            self._file.readinto(bytes_of(read).data)
             tensor.copy_(read)
+
+    def tensors(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """What was kept of a module of the same shapes, by name, as it lies in the file: read where it is used."""
+        import torch
+
+        mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        kept, at = {}, 0
+        for name, tensor in module.state_dict().items():
+            size, kind = tensor.numel(), tensor.dtype
+            flat = torch.frombuffer(mapped, dtype=kind, count=size, offset=at) if size else torch.empty(0, dtype=kind)
+            kept[name] = flat.reshape(tensor.shape)
+            at += size * tensor.element_size()
+        return kept
 
     def __enter__(self) -> BestWeights:
         return self
@@ -61,10 +74,3 @@ def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     """All that `state_dict` has, without history."""
     for tensor in module.state_dict().values():
         yield tensor.detach()
-
-
-def _bytes_of(tensor: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """The bytes of a tensor that lies on the CPU in one piece, as a view."""
-    import torch
-
-    return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -88,13 +88,13 @@ def remove_channels(
         torch.manual_seed(cut.seed)
         score = _IMPORTANCE[cut.method](torch_pruning.importance)
         scored = [(group, score(group)) for group in found if not _layers(group) & (protected or set())]
-    groups, scores = zip(*((g, s) for g, s in scored if s is not None), strict=True) if scored else ((), ())
-    candidates = [Candidate(values.nan_to_num(), _blocks(group)) for group, values in zip(groups, scores, strict=True)]
-    for group, channels in zip(groups, choose(candidates, cut), strict=True):
+    ranked = [(group, values.nan_to_num()) for group, values in scored if values is not None]
+    going = choose([Candidate(values, _blocks(group)) for group, values in ranked], cut)
+    for (group, _), channels in zip(ranked, going, strict=True):
         root = group[0].dep
-        going = graph.get_pruning_group(root.target.module, root.handler, channels)
-        if channels and graph.check_pruning_group(going):
-            going.prune()
+        whole = graph.get_pruning_group(root.target.module, root.handler, channels)
+        if channels and graph.check_pruning_group(whole):
+            whole.prune()
     align_sizes(module)
     outputs = module(example)
     if tuple(outputs.shape) != (1, classes):

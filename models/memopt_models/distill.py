@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure, score
 from memopt_models.features import AUTO, distance, pair_up, pupil, watch
 from memopt_models.feed import draw_moves
+from memopt_models.resume import Keep
+from memopt_models.team import ALONE, Team
 from memopt_models.train import (
     Loss,
     OnStep,
@@ -25,6 +28,7 @@ from memopt_models.train import (
     data_for,
     describe,
     fit_module,
+    identify,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +67,8 @@ def distill(
     *,
     start: Checkpoint | None = None,
     on_step: OnStep | None = None,
+    keep: Keep | None = None,
+    team: Team = ALONE,
 ) -> Checkpoint:
     """A student trained twice from the same seed, with and without its teacher: the better one on validation.
 
@@ -79,6 +85,8 @@ def distill(
         how: temperature, weights of the teacher, features, training.
         start: the student's weights to go on from.
         on_step: called after every step of both trainings.
+        keep: of both trainings, see `train`.
+        team: of both trainings, see `train`.
 
     Raises:
         UsageError: no such network, `start` is another one, or no such features.
@@ -94,23 +102,26 @@ def distill(
     if first.preprocess != teacher.preprocess:
         raise InputRefused("start and teacher prepare their inputs differently", hint="train both on the same data")
     asked = {name: value for name, value in vars(how).items() if name != "train"}
+    given = {**identify(first), **asked, "teacher": teacher.sha256}
     subject = Subject(first, f"{__name__}:{trainee.__name__}", {"teacher": teacher}, {**asked, "seed": how.train.seed})
-    how = replace(how, train=settle(subject, data, how.train, ledger, stage="distilled"))
+    how = replace(how, train=settle(subject, data, how.train, ledger, stage="distilled", keep=keep, team=team))
     plain, teaching = first.module(), teacher.module()
-    top1 = {"plain": fit_module(plain, data, how.train, cross_entropy, ledger, stage="plain")}
+    fit = partial(fit_module, data=data, how=how.train, on_step=ledger, keep=keep, made_from=given, team=team)
+    top1 = {"plain": fit(plain, loss_function=cross_entropy, stage="plain")}
     augmented = {"teacher": _augmented(teaching, data, how), "plain": _augmented(plain, data, how)}
     warning = _warn(augmented, how)
     if warning:
         ledger(Progress("distilled", 0, how.train.epochs, 0, 0, math.nan, note=warning))
     module, loss = taught(first.module(), teaching, how, first.inputs[0].at_batch(2))
-    top1["distilled"] = fit_module(module, data, how.train, loss, ledger, stage="distilled")
+    top1["distilled"] = fit(module, loss_function=loss, stage="distilled")
     kept = "distilled" if top1["distilled"] >= top1["plain"] else "plain"
     student = module.network if kept == "distilled" else plain
     used = {
         "network": network, "settings": first.settings, **asdict(how), **describe(data), "kept": kept,
         "memory": ledger.memory, **({"warning": warning} if warning else {}),
     }  # fmt: skip
-    metrics = measure(student, data) | {f"validation_top1_{name}": value for name, value in top1.items()}
+    metrics = measure(student, data) if team.is_first else {}
+    metrics |= {f"validation_top1_{name}": value for name, value in top1.items()}
     metrics |= {f"augmented_top1_{name}": value for name, value in augmented.items()}
     parents = (teacher.sha256,) if start is None else (teacher.sha256, start.sha256)
     lineage = (*teacher.lineage, *(stage for stage in first.lineage if stage not in teacher.lineage))

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Cutter = Callable[[Checkpoint, Cut, "Mapping[str, torch.Tensor] | None"], "dict[str, torch.Tensor]"]
 
 _MEMORY_PER_BYTE = 8  # beside Limits.memory_bytes, for each byte of the weights
+_EXIT_S = 5.0  # in which a child that has closed its output has to end
 # The child finds modules where this process does, but not in the current folder: a user's statistics.py is not ours.
 _CHILD = "import sys; sys.path = sys.argv[1:]; from memopt_models.prune_apart import main; sys.exit(main())"
 
@@ -176,7 +177,10 @@ def _line(value: _Request | _Answer) -> str:
 
 
 def _how_it_ended(child: subprocess.Popen[bytes], stderr: IO[bytes], memory_bytes: int) -> str:
-    code = child.wait()
+    try:
+        code = child.wait(_EXIT_S)
+    except subprocess.TimeoutExpired:
+        return "what follows the dependency graph did not answer what it was asked"
     stderr.seek(0)
     last = printable((stderr.read().decode(errors="replace").strip().splitlines() or ["it left no message"])[-1])
     name = signal.Signals(-code).name if code < 0 else f"code {code}"

@@ -13,7 +13,9 @@ from memopt_models.checkpoint import QUANTIZATION, Checkpoint
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure
 from memopt_models.integer_kernels import PLACES
-from memopt_models.train import Loss, OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module
+from memopt_models.resume import Keep
+from memopt_models.team import ALONE, Team
+from memopt_models.train import Loss, OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module, identify
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +50,9 @@ class QatSettings:
 
 
 def train_rounded(
-    checkpoint: Checkpoint, data: DataSet, how: QatSettings, *, on_step: OnStep | None = None
-) -> Checkpoint:
+    checkpoint: Checkpoint, data: DataSet, how: QatSettings, *, on_step: OnStep | None = None,
+    keep: Keep | None = None, team: Team = ALONE,
+) -> Checkpoint:  # fmt: skip
     """The checkpoint, trained on with its weights and activations rounded.
 
     The metrics are those of the rounded network, and of the float one before, "validation_top1_float" and
@@ -60,6 +63,8 @@ def train_rounded(
         data: to train and to measure on.
         how: precision, target, training.
         on_step: called after every step.
+        keep: see `train`.
+        team: see `train`.
 
     Raises:
         InputRefused: the data does not fit the checkpoint, or torch cannot trace its network.
@@ -72,14 +77,19 @@ def train_rounded(
     data, ledger = data_for(checkpoint, data), Ledger(on_step)
     asked = {name: value for name, value in vars(how).items() if name != "train"}
     subject = Subject(checkpoint, make=f"{__name__}:{trainee.__name__}", arguments=asked)
-    how = replace(how, train=settle(subject, data, how.train, ledger, stage="qat"))
-    before = {f"{name}_float": value for name, value in measure(checkpoint.module(), data).items()}
-    made = METHODS[how.precision](checkpoint, how)
-    fit_module(made.module, data, how.train, cross_entropy, ledger, stage="qat")
+    how = replace(how, train=settle(subject, data, how.train, ledger, stage="qat", keep=keep, team=team))
+    made, given = METHODS[how.precision](checkpoint, how), {**identify(checkpoint), **asked}
+    fit_module(
+        made.module, data, how.train, cross_entropy, ledger, stage="qat", keep=keep, made_from=given, team=team
+    )  # fmt: skip
     draft = made.result()
+    metrics: dict[str, float] = {}
+    if team.is_first:
+        before = {f"{name}_float": value for name, value in measure(checkpoint.module(), data).items()}
+        metrics = measure(deployed(draft), data) | before
     used = {**asdict(how), **describe(data), "memory": ledger.memory}
     return checkpoint.advance(
-        "qat", draft.module(), settings=used, metrics=measure(deployed(draft), data) | before,
+        "qat", draft.module(), settings=used, metrics=metrics,
         parents=(checkpoint.sha256,), quantization=draft.quantization, scales=draft.scales,
     )  # fmt: skip
 

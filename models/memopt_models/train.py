@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +17,15 @@ from memopt.strict_json import to_plain
 from memopt.tensors import Array, show_shape
 from memopt_models import networks
 from memopt_models.best_weights import BestWeights
-from memopt_models.checkpoint import Checkpoint, snapshot
+from memopt_models.checkpoint import Checkpoint, digest_state, snapshot
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure, score
+from memopt_models.factories import source_digest
 from memopt_models.feed import Feeder, draw_moves
 from memopt_models.out_of_memory import limited
 from memopt_models.recompute import recomputed
+from memopt_models.resume import Keep
+from memopt_models.team import ALONE, Team
 
 if TYPE_CHECKING:
     import torch
@@ -138,6 +142,8 @@ def train(
     *,
     start: Checkpoint | None = None,
     on_step: OnStep | None = None,
+    keep: Keep | None = None,
+    team: Team = ALONE,
 ) -> Checkpoint:
     """A checkpoint of the epoch that was best on validation; on a CPU the same arguments give the same weights.
 
@@ -148,9 +154,11 @@ def train(
         how: epochs, optimizer, seed.
         start: weights to go on from, of the same network; its preprocessing is kept.
         on_step: called after every step.
+        keep: where it lies after every epoch, to go on from there when it is killed.
+        team: the processes that train together; the first one's checkpoint is the one with metrics.
 
     Raises:
-        UsageError: no such network, or `start` is another one.
+        UsageError: no such network, `start` is another one, or what was kept is another training.
         InputRefused: `start` does not fit the data.
         AnswerIsNo: the training diverged.
         OutOfResource: it does not fit into the limits.
@@ -159,13 +167,14 @@ def train(
     from memopt_models.training_probe import Subject
 
     first = begin(network, settings, data, how, start=start)
-    data, ledger = data_for(first, data), Ledger(on_step)
-    how = settle(Subject(first), data, how, ledger, stage="train")
+    data, ledger, given = data_for(first, data), Ledger(on_step), identify(first)
+    how = settle(Subject(first), data, how, ledger, stage="train", keep=keep, team=team)
     module, first = first.module(), replace(first, state={})  # the module has it now
-    fit_module(module, data, how, cross_entropy, ledger, stage="train")
+    fit_module(module, data, how, cross_entropy, ledger, stage="train", keep=keep, made_from=given, team=team)
     used = {"network": network, "settings": first.settings, **asdict(how), **describe(data), "memory": ledger.memory}
     parents = () if start is None else (start.sha256,)
-    return first.advance("train", module, settings=used, metrics=measure(module, data), parents=parents)
+    metrics = measure(module, data) if team.is_first else {}
+    return first.advance("train", module, settings=used, metrics=metrics, parents=parents)
 
 
 def begin(
@@ -212,6 +221,15 @@ def describe(data: DataSet) -> dict[str, str]:
     return {"data": data.name, "data_fingerprint": data.fingerprint} | spec
 
 
+def identify(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What its network is built of, beside the weights: name, settings, and the user's own code."""
+    return {
+        "network": checkpoint.network,
+        "settings": checkpoint.settings,
+        "code": source_digest(checkpoint.network),
+    }
+
+
 @dataclass
 class Training:
     """All that a training carries from one step to the next. Of the global generator it holds nothing."""
@@ -222,10 +240,17 @@ class Training:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler  # of fp16; it does nothing for other precisions
-    rng: np.random.Generator  # of the order of the samples, and of their augmentation
+    rng: np.random.Generator  # of the order of the samples, and of their augmentation; a new one in each epoch
     best: BestWeights
-    epoch: int = 0  # epochs done
+    team: Team
+    worker: nn.Module  # what goes forward and is optimized: the module itself, or what stands for it in a team
+    ended: list[Progress] = field(default_factory=list)  # how each epoch done has ended
     best_top1: float = -1.0
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return len(self.ended)
 
 
 def fit_module(
@@ -236,6 +261,9 @@ def fit_module(
     on_step: OnStep | None = None,
     *,
     stage: str,
+    keep: Keep | None = None,
+    made_from: Mapping[str, Any] = MappingProxyType({}),
+    team: Team = ALONE,
 ) -> float:
     """Validation top-1 of the best epoch, the later one of equals; the module has its weights afterwards.
 
@@ -246,22 +274,36 @@ def fit_module(
         loss_function: (logits, labels, inputs) -> a scalar, the mean over the samples.
         on_step: called after every step.
         stage: how the progress calls it.
+        keep: where it lies after every epoch, to go on from there when it is killed; None keeps nothing.
+        made_from: what the result depends on beside the weights now, the data and `how`: whatever is in the loss.
+        team: the processes that train together, all of which call this.
 
     Raises:
         AnswerIsNo: the loss is no longer finite.
         BackendError: there is no such device.
+        UsageError: what was kept is another training, or a batch is too small for the team.
         OutOfResource: there is not enough memory, or the limits would be passed.
     """
     report = on_step or _ignore
     how = how.settled(len(data.train))
     steps = math.ceil(len(data.train) / how.batch_size)
+    if len(data.train) // steps < team.size:
+        raise UsageError(f"a batch of {len(data.train) // steps} cannot be divided among {team.size} processes")
     with ExitStack() as stack:
         stack.enter_context(_seeded(how.seed))  # for dropout and its like
         stack.enter_context(_threads(how.threads))
         device, limits = find_device(how.device), (how.max_memory_bytes, how.max_device_memory_bytes)
         stack.enter_context(limited(device, host_bytes=limits[0], device_bytes=limits[1]))
         meter = stack.enter_context(PeakMeter())
-        training = stack.enter_context(_begin_training(module, how, steps=how.epochs * steps))
+        training = stack.enter_context(_begin_training(module, how, team, steps=how.epochs * steps))
+        kept = None
+        if keep is not None:
+            kept = keep.training(stage, {**_depends_on(module, data, how), **made_from}, team=team)
+            note = kept.restore(training)
+            if note:
+                report(Progress(stage, training.epoch, how.epochs, 0, 0, math.nan, note=note))
+            for progress in training.ended:
+                report(progress)
         while training.epoch < how.epochs:
             meter.restart()
             for progress in _run_epoch(
@@ -269,15 +311,14 @@ def fit_module(
             ):
                 if progress.step < steps:
                     report(progress)
-            top1 = _end_epoch(training, data)
-            report(
-                replace(
-                    progress,
-                    validation_top1=top1,
-                    peak_bytes=meter.read(),
-                    peak_device_bytes=_device_peak(training.device),
-                )
+            top1, peak_device_bytes = _end_epoch(training, data), _device_peak(training.device)
+            progress = replace(
+                progress, validation_top1=top1, peak_bytes=meter.read(), peak_device_bytes=peak_device_bytes
             )
+            training.ended.append(progress)
+            if kept is not None:
+                kept.store(training)
+            report(progress)
         training.best.restore(module)
     module.eval()
     return training.best_top1
@@ -338,19 +379,20 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, TrainSettings, int], torch
 
 
 @contextmanager
-def _begin_training(module: nn.Module, how: TrainSettings, *, steps: int) -> Iterator[Training]:
+def _begin_training(module: nn.Module, how: TrainSettings, team: Team, *, steps: int) -> Iterator[Training]:
     """The training before its first step; afterwards the module lies in memory as it did, and has no gradients."""
     import torch
 
     device = find_device(how.device)
     layout = torch.channels_last if how.channels_last else torch.contiguous_format
     module.to(device).to(memory_format=layout)
-    optimizer = OPTIMIZERS[how.optimizer](module, how)
+    worker = team.divide(module)
+    optimizer = OPTIMIZERS[how.optimizer](worker, how)
     scheduler = SCHEDULES[how.schedule](optimizer, how, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=how.precision == "fp16")
     rng = np.random.default_rng(how.seed)
-    with BestWeights() as best, recomputed(module) if how.checkpointing == "blocks" else nullcontext():
-        yield Training(module, how, device, optimizer, scheduler, scaler, rng, best)
+    with BestWeights() as best, recomputed(worker) if how.checkpointing == "blocks" else nullcontext():
+        yield Training(module, how, device, optimizer, scheduler, scaler, rng, best, team, worker)
     module.zero_grad(set_to_none=True)
     module.to(memory_format=torch.contiguous_format)
 
@@ -358,7 +400,8 @@ def _begin_training(module: nn.Module, how: TrainSettings, *, steps: int) -> Ite
 def _run_epoch(training: Training, data: DataSet, loss_function: Loss, progress: Progress) -> Iterator[Progress]:
     """Takes one step for each batch; yields the progress after it, with the mean loss so far."""
     total = 0.0
-    training.module.train()
+    training.worker.train()
+    _seed_epoch(training)
     feeder = _feeder(training, data)
     batches = np.array_split(training.rng.permutation(len(data.train)), progress.steps)
     for step, rows in enumerate(batches, start=1):
@@ -371,6 +414,25 @@ def _run_epoch(training: Training, data: DataSet, loss_function: Loss, progress:
         yield replace(progress, step=step, loss=total / step)
 
 
+def _depends_on(module: nn.Module, data: DataSet, how: TrainSettings) -> dict[str, Any]:
+    """What decides the result of a training, as far as it can be seen here: of limits it is independent."""
+    unlimited = replace(how, max_memory_bytes=None, max_device_memory_bytes=None)
+    return {"how": asdict(unlimited), **describe(data), "start": digest_state(module.state_dict())}
+
+
+def _seed_epoch(training: Training) -> None:
+    """All that is random in an epoch follows from the seed and its number: whoever goes on needs no state of it.
+
+    The order of the samples and their augmentation are those of every process of a team, dropout and its like are not.
+    """
+    import torch
+
+    number = training.epoch + 1
+    training.rng = np.random.default_rng((training.how.seed, number))
+    own = np.random.SeedSequence((training.how.seed, number, training.team.rank)).generate_state(1, np.uint64)
+    torch.manual_seed(int(own[0]))
+
+
 def _take_step(training: Training, feeder: Feeder, rows: Array, loss_function: Loss) -> float:
     """One optimizer step on these rows of the train split; their mean loss.
 
@@ -379,11 +441,14 @@ def _take_step(training: Training, feeder: Feeder, rows: Array, loss_function: L
     """
     import torch
 
+    team = training.team
     total = torch.zeros((), device=training.device)
-    for inputs, labels in _micro_batches(training, feeder, rows):
-        with _computing_in(training.how.precision, training.device):
-            loss = loss_function(training.module(inputs).float(), labels, inputs) * (len(labels) / len(rows))
-        training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    for inputs, labels, last in _micro_batches(training, feeder, rows):
+        share = team.size * len(labels) / len(rows)  # a team takes the mean of its gradients
+        with team.step(training.worker, last=last):
+            with _computing_in(training.how.precision, training.device):
+                loss = loss_function(training.worker(inputs).float(), labels, inputs) * share
+            training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         total += loss.detach()
     scale = training.scaler.get_scale()
     training.scaler.step(training.optimizer)
@@ -391,35 +456,50 @@ def _take_step(training: Training, feeder: Feeder, rows: Array, loss_function: L
     training.optimizer.zero_grad()  # at once: gradients are not held while the next batch goes forward
     if training.scaler.get_scale() >= scale:  # else the gradients were not finite, and there was no step
         training.scheduler.step()
-    return total.item()
+    return team.add(total.item()) / team.size
 
 
 def _feeder(training: Training, data: DataSet) -> Feeder:
     """What gives parts of batches, laid out as the network is."""
     import torch
 
-    layout = torch.channels_last if training.how.channels_last else torch.contiguous_format
-    size = training.how.micro_batch
+    how = training.how
+    layout = torch.channels_last if how.channels_last else torch.contiguous_format
+    size = -(-how.micro_batch // training.team.size) + (training.team.size > 1)  # one more where rows divide unevenly
     return Feeder(data.train, data.preprocess, batch_size=size, device=training.device, layout=layout)
 
 
-def _micro_batches(training: Training, feeder: Feeder, rows: Array) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs and labels of each part of a batch, on the device; how pictures move does not hang on the parts."""
+def _micro_batches(
+    training: Training, feeder: Feeder, rows: Array
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
+    """Inputs and labels of each part of a batch that is this process's, on the device, and whether it is the last one.
+
+    How pictures move does not hang on the parts.
+    """
     rows = np.sort(rows)  # a mapped file is read from front to back
     moves = draw_moves(len(rows), training.how.shift, training.rng)
-    for part in np.array_split(np.arange(len(rows)), min(training.how.accumulate, len(rows))):
-        yield feeder.batch(rows[part], moves[part])
+    own = np.arange(len(rows))[training.team.part(rows)]
+    parts = np.array_split(own, min(training.how.accumulate, len(rows) // training.team.size))
+    for number, part in enumerate(parts, start=1):
+        yield *feeder.batch(rows[part], moves[part]), number == len(parts)
 
 
 def _end_epoch(training: Training, data: DataSet) -> float:
-    """Counts the epoch, keeps its weights if they are the best so far; its validation top-1."""
-    size = min(training.how.micro_batch, _EVALUATED_AT_ONCE)
-    top1 = score(training.module, data.validation, data.preprocess, batch_size=size)
-    training.epoch += 1
+    """Keeps the weights of the epoch if they are the best so far; their validation top-1."""
+    training.team.gather(training.worker, training.module)
+    top1 = _validate(training, data)
     if top1 >= training.best_top1:
         training.best_top1 = top1
         training.best.keep(training.module)
     return top1
+
+
+def _validate(training: Training, data: DataSet) -> float:
+    """Top-1 on the validation split, of which each process of a team judges its part."""
+    size = min(training.how.micro_batch, _EVALUATED_AT_ONCE)
+    own = data.validation.pick(training.team.part(data.validation.labels))
+    right = round(score(training.module, own, data.preprocess, batch_size=size) * len(own)) if len(own) else 0
+    return training.team.add(right) / len(data.validation)
 
 
 def find_device(name: str) -> torch.device:

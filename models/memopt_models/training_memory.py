@@ -11,6 +11,8 @@ from memopt.errors import OutOfResource
 from memopt.memory import settled_resident
 from memopt.sizes import show_size
 from memopt_models.dataset import DataSet
+from memopt_models.resume import Keep
+from memopt_models.team import ALONE, Team
 from memopt_models.train import AUTO, OnStep, Progress, TrainSettings
 from memopt_models.training_probe import Peak, Refusal, Subject, measure_peak
 
@@ -46,7 +48,16 @@ class Ledger:
         return {name: value for name, value in found.items() if value}
 
 
-def settle(subject: Subject, data: DataSet, how: TrainSettings, ledger: Ledger, *, stage: str) -> TrainSettings:
+def settle(
+    subject: Subject,
+    data: DataSet,
+    how: TrainSettings,
+    ledger: Ledger,
+    *,
+    stage: str,
+    keep: Keep | None = None,
+    team: Team = ALONE,
+) -> TrainSettings:
     """The settings with a number for each AUTO: parts of a batch as large as the limits allow.
 
     Sizes that are tried are the whole batch, and the powers of two below it. The batch stays what it is.
@@ -57,22 +68,34 @@ def settle(subject: Subject, data: DataSet, how: TrainSettings, ledger: Ledger, 
         how: asked for. What it says already is not tried, and without a limit nothing is.
         ledger: is told what was measured and chosen.
         stage: how the progress calls it.
+        keep: where a training to go on with may be: it stays with the parts that it has.
+        team: the processes that train together, among which every batch is divided before it is cut.
 
     Raises:
         OutOfResource: not even the smallest part fits; the hint says what would.
     """
     settled = how.settled(len(data.train))
-    if how.accumulate != AUTO or not how.has_limit:
+    if how.accumulate != AUTO:
         return settled
+    parts = 0
+    if team.is_first:
+        own = replace(settled, batch_size=-(-settled.batch_size // team.size))
+        kept = None if keep is None else keep.accumulate(stage)
+        parts = kept or (_measured(subject, data, own, ledger, stage).accumulate if how.has_limit else 1)
+    return replace(settled, accumulate=int(team.add(parts)))
+
+
+def _measured(subject: Subject, data: DataSet, how: TrainSettings, ledger: Ledger, stage: str) -> TrainSettings:
+    """The settings with the largest part that fits, and the ledger told why."""
 
     def say(text: str) -> None:
         ledger(Progress(stage, 0, how.epochs, 0, 0, math.nan, note=text))
 
     held = settled_resident() + _unread_bytes(data)
-    search = _Search(settled, held, lambda tried, cap: measure_peak(subject, tried, cap_bytes=cap), say, ledger)
+    search = _Search(how, held, lambda tried, cap: measure_peak(subject, tried, cap_bytes=cap), say, ledger)
     chosen = search.run()
     say(search.explain(chosen))
-    return _with_part(settled, chosen)
+    return _with_part(how, chosen)
 
 
 @dataclass
@@ -150,7 +173,7 @@ class _Search:
         )
 
     def explain(self, chosen: int) -> str:
-        """What was chosen and why: "micro-batch 4 x 16 = 64: peak 281 MiB of 300 MiB; 8 would need 398 MiB"."""
+        """What was chosen and why: "micro-batch 4 x 16 = 64: peak 238 MiB of 305 MiB; 8 would need 318 MiB"."""
         how, peak = _with_part(self.how, chosen), self.found[chosen]
         assert isinstance(peak, Peak)
         text = f"micro-batch {chosen} x {how.accumulate} = {how.batch_size}: peak {self.show(peak)}"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 STEPS = 2  # Adam's state comes at the end of the first step, and meets the activations in the second
 # The child finds modules where this process does, but not in the current folder: a user's statistics.py is not ours.
 _CHILD = "import sys; sys.path = sys.argv[1:]; from memopt_models.training_probe import main; sys.exit(main())"
-_TOO_FEW = "Expected more than 1 value per channel"  # torch's BatchNorm, when it gets one sample of 1x1 features
+TOO_FEW = "Expected more than 1 value per channel"  # torch's BatchNorm, when it gets one sample of 1x1 features
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _measure_here(request: _Request) -> _Answer:
     except Exception as error:  # what libraries make of a refused allocation has no class of its own
         if means_out_of_memory(error) or means_out_of_memory(error.__cause__):
             return _Answer(refused="too much")
-        if _TOO_FEW in str(error):
+        if TOO_FEW in str(error):
             return _Answer(refused="too few")
         raise
     peak_bytes = seen[-1].peak_bytes
