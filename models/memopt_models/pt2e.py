@@ -110,10 +110,13 @@ def restored(checkpoint: Checkpoint) -> Rounded:
     """The network of a checkpoint that was trained so, with its ranges; it no longer learns any.
 
     Raises:
-        InputRefused: the ranges are not those of this network.
+        InputRefused: the ranges are not those of this network, or the target is not known.
     """
-    made = rounded(checkpoint, str(checkpoint.quantization.get("target")))
-    ranges = checkpoint.scales
+    target = checkpoint.quantization.get("target")
+    if target not in PLACES:
+        known = ", ".join(PLACES)
+        raise InputRefused(f"the checkpoint was trained for {target!r}, this memopt knows {known}")
+    made, ranges = rounded(checkpoint, target), checkpoint.scales
     odd = sorted(ranges.keys() ^ made.activations.keys()) or [name for name in ranges if not _is_range(ranges[name])]
     if odd:
         raise InputRefused(
@@ -218,7 +221,6 @@ def _fold(*weights: Any, epsilon: float) -> None:
     import torch
 
     weight, gamma, beta, mean, variance, bias = weights
-
     with torch.no_grad():
         gain = gamma.double() / torch.sqrt(variance.double() + epsilon)
         before = 0.0 if bias is None else bias.double()
@@ -229,6 +231,8 @@ def _fold(*weights: Any, epsilon: float) -> None:
         variance.fill_(1 - epsilon)
         if bias is not None:
             bias.zero_()
+    for unread in filter(lambda each: each is not None, (gamma, bias)):
+        unread.requires_grad_(requires_grad=False)  # DistributedDataParallel waits for the gradients of all others
 
 
 # --- fake quantization
