@@ -87,6 +87,9 @@ def rounded(checkpoint: Checkpoint, target: str) -> Rounded:
         raise AnswerIsNo(f"{checkpoint.network} has no convolution or linear layer that int8 could serve")
     prepared = _prepare(module, target)
     weights = {node: _fake(prepared, argument(node, 1)) for node in prepared.graph.nodes if _has_rounded_weight(node)}
+    for layer, fake in weights.items():  # observers would get their size at the first step, when it can be too late:
+        _set_range(fake, *_weight_bounds(prepared, layer))  # DistributedDataParallel keeps buffers in memory of its own
+        fake.enable_observer()
     activations = _name_activations(prepared, weights.values())
     _make_switchable(prepared, activations.values())
     return Rounded(prepared, weights, activations, others)

@@ -150,6 +150,13 @@ def test_every_parameter_that_learns_gets_a_gradient(plain: Checkpoint) -> None:
     assert "stem.norm.weight" not in learning
 
 
+def test_buffers_have_their_size_before_the_first_step(plain: Checkpoint) -> None:
+    module = pt2e.rounded(plain, "cpu").module
+    before = {name: buffer.shape for name, buffer in module.named_buffers()}
+    module.train()(torch.randn(8, 1, 12, 12))
+    assert {name: buffer.shape for name, buffer in module.named_buffers()} == before
+
+
 def test_network_without_layers_is_refused() -> None:
     checkpoint = fresh(f"{__name__}:Idle", {}, 1, 4, 4)
     with pytest.raises(AnswerIsNo, match="no convolution or linear layer that int8 could serve"):
