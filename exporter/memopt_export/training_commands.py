@@ -43,6 +43,7 @@ class SavedCheckpoint:
     sha256: str
     metrics: dict[str, float]
     pruned: Pruned | None = None  # where that is what was done
+    warning: str | None = None  # what its maker has to say, such as that a teacher taught what is wrong
     fresh: tuple[str, ...] = ()  # weights that those it started from did not have, or had for other channels
 
 
@@ -206,5 +207,5 @@ def _save_checkpoint(checkpoint: Checkpoint, output: Path, force: bool, means: M
     means.keep.forget()
     return SavedCheckpoint(
         str(output), checkpoint.network, checkpoint.parameters, output.stat().st_size, checkpoint.sha256,
-        checkpoint.metrics, fresh=fresh_weights(checkpoint),
+        checkpoint.metrics, fresh=fresh_weights(checkpoint), warning=checkpoint.lineage[-1].settings.get("warning"),
     )  # fmt: skip

@@ -87,6 +87,9 @@ def rounded(checkpoint: Checkpoint, target: str) -> Rounded:
         raise AnswerIsNo(f"{checkpoint.network} has no convolution or linear layer that int8 could serve")
     prepared = _prepare(module, target)
     weights = {node: _fake(prepared, argument(node, 1)) for node in prepared.graph.nodes if _has_rounded_weight(node)}
+    for layer, fake in weights.items():  # observers would get their size at the first step, when it can be too late:
+        _set_range(fake, *_weight_bounds(prepared, layer))  # DistributedDataParallel keeps buffers in memory of its own
+        fake.enable_observer()
     activations = _name_activations(prepared, weights.values())
     _make_switchable(prepared, activations.values())
     return Rounded(prepared, weights, activations, others)
@@ -110,10 +113,13 @@ def restored(checkpoint: Checkpoint) -> Rounded:
     """The network of a checkpoint that was trained so, with its ranges; it no longer learns any.
 
     Raises:
-        InputRefused: the ranges are not those of this network.
+        InputRefused: the ranges are not those of this network, or the target is not known.
     """
-    made = rounded(checkpoint, str(checkpoint.quantization.get("target")))
-    ranges = checkpoint.scales
+    target = checkpoint.quantization.get("target")
+    if target not in PLACES:
+        known = ", ".join(PLACES)
+        raise InputRefused(f"the checkpoint was trained for {target!r}, this memopt knows {known}")
+    made, ranges = rounded(checkpoint, target), checkpoint.scales
     odd = sorted(ranges.keys() ^ made.activations.keys()) or [name for name in ranges if not _is_range(ranges[name])]
     if odd:
         raise InputRefused(
@@ -218,7 +224,6 @@ def _fold(*weights: Any, epsilon: float) -> None:
     import torch
 
     weight, gamma, beta, mean, variance, bias = weights
-
     with torch.no_grad():
         gain = gamma.double() / torch.sqrt(variance.double() + epsilon)
         before = 0.0 if bias is None else bias.double()
@@ -229,6 +234,8 @@ def _fold(*weights: Any, epsilon: float) -> None:
         variance.fill_(1 - epsilon)
         if bias is not None:
             bias.zero_()
+    for unread in filter(lambda each: each is not None, (gamma, bias)):
+        unread.requires_grad_(requires_grad=False)  # DistributedDataParallel waits for the gradients of all others
 
 
 # --- fake quantization

@@ -136,6 +136,27 @@ def test_ranges_of_another_network_are_refused(ranged: Checkpoint, change: str) 
     assert told.value.hint == "memopt-export qat CKPT makes them anew"
 
 
+def test_unknown_target_is_refused(ranged: Checkpoint) -> None:
+    with pytest.raises(InputRefused, match="was trained for 'npu', this memopt knows cpu, tensorrt"):
+        pt2e.restored(replace(ranged, quantization={"method": "pt2e", "target": "npu"}))
+
+
+def test_every_parameter_that_learns_gets_a_gradient(plain: Checkpoint) -> None:
+    made = pt2e.rounded(plain, "cpu")
+    made.module.train()(torch.randn(8, 1, 12, 12)).sum().backward()
+    learning = {name for name, each in made.module.named_parameters() if each.requires_grad}
+    assert learning == {name for name, each in made.module.named_parameters() if each.grad is not None}
+    assert {"stem.conv.weight", "stem.norm.bias", "fc.weight"} <= learning
+    assert "stem.norm.weight" not in learning
+
+
+def test_buffers_have_their_size_before_the_first_step(plain: Checkpoint) -> None:
+    module = pt2e.rounded(plain, "cpu").module
+    before = {name: buffer.shape for name, buffer in module.named_buffers()}
+    module.train()(torch.randn(8, 1, 12, 12))
+    assert {name: buffer.shape for name, buffer in module.named_buffers()} == before
+
+
 def test_network_without_layers_is_refused() -> None:
     checkpoint = fresh(f"{__name__}:Idle", {}, 1, 4, 4)
     with pytest.raises(AnswerIsNo, match="no convolution or linear layer that int8 could serve"):
