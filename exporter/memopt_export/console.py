@@ -69,8 +69,11 @@ def show(value: Any, *, as_json: bool) -> None:
 
 
 @contextmanager
-def training() -> Iterator[Callable[[Progress], None]]:
+def training(*, quiet: bool = False) -> Iterator[Callable[[Progress], None]]:
     """Shows the steps of a training as one line that is overwritten, and one line that stays for each epoch."""
+    if quiet:
+        yield lambda progress: None
+        return
     with _progress_line() as line:
         yield lambda progress: _show_step(line, progress)
 
@@ -171,11 +174,17 @@ def _progress_line() -> Iterator[_Line]:
 
 
 def _show_step(line: _Line, progress: Progress, *, keep_epochs: bool = True) -> None:
+    if progress.note:
+        show = line.overwrite if progress.note.endswith("…") else line.stay
+        show(f"  {progress.stage} {progress.note}")
+        return
     where = f"{progress.stage} epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}"
     if progress.validation_top1 is None:
         line.overwrite(f"  {where}  step {progress.step}/{progress.steps}")
         return
     said = f"  {where}  validation {100 * progress.validation_top1:.2f}%  peak {show_size(progress.peak_bytes)}"
+    if progress.peak_device_bytes is not None:
+        said += f", device {show_size(progress.peak_device_bytes)}"
     if keep_epochs:
         line.stay(said)
     else:
@@ -243,6 +252,7 @@ def _draw_checkpoint(console: Console, saved: SavedCheckpoint) -> None:
     facts: dict[str, object] = {
         "saved": f"{saved.path} ({show_size(saved.size_bytes)})",
         "network": f"{saved.network}, {saved.parameters} parameters",
+        "began fresh": ", ".join(saved.fresh) or None,
     }
     shares = {name: f"{100 * value:.2f}%" for name, value in saved.metrics.items() if "top1" in name}
     if saved.pruned is not None:
@@ -305,13 +315,17 @@ def _draw_graph(console: Console, saved: SavedGraph) -> None:
     facts = {
         "saved": f"{saved.path} ({show_size(saved.size_bytes)})",
         "program": saved.program,
+        "precision": f"{saved.precision.upper()} by training" if saved.precision != "fp32" else None,
         "parity": f"largest difference {parity.max_difference:.2g} of {parity.largest_output:.3g} "
         f"on {parity.samples} samples",
         "agreement": f"{100 * parity.agreement:.2f}%" if parity.agreement is not None else None,
         "weights sha256": saved.weights_sha256,
     }
     _facts(console, facts)
-    _next(console, f"memopt-export quantize {saved.path} --data digits -o {_with(saved.path, '-int8.onnx')}")
+    if saved.precision == "fp32":
+        _next(console, f"memopt-export quantize {saved.path} --data digits -o {_with(saved.path, '-int8.onnx')}")
+    else:
+        _next(console, f"memopt-export compare {saved.path} --data digits")
 
 
 def _draw_simple(console: Console, saved: SavedSimple) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from memopt.errors import OutOfResource
-from memopt.memory import STATUS, give_back, kib_fields, limit_process, read_host_memory
+from memopt.memory import capped, settled_resident
 from memopt.sizes import show_size
 from memopt_export import correct
 from memopt_export.calibrate import SMALLEST_RUN, run_size, sample_bytes
@@ -31,7 +30,6 @@ _LAYER_COPIES = 10  # a layer's weights in float64, rounded, their errors
 _MOMENT_COPIES = 4  # float64: sums, damped, ordered, factor
 _ROW_COPIES, _OUTPUT_COPIES = 2, 8  # of the compared rows: as they are collected; what an activation makes of them
 _THREADS_BYTES = 32 * MIB  # stacks and heaps of the library's threads
-_ASKED_ONLY_BYTES = 32 * MIB  # of stacks that the kernel counts as soon as they are asked for
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def fit(graph: Graph, recipe: Recipe, samples: Samples | Pictures | None, means:
     Raises:
         OutOfResource: not even the smallest pieces and runs fit; the hint says what would.
     """
-    held = resident_bytes()
+    held = settled_resident()
     for run_bytes in (means.run_bytes, 64 * MIB, 32 * MIB, 16 * MIB, 8 * MIB, 0):
         for piece_bytes in (means.piece_bytes, 64 * MIB, 16 * MIB, 4 * MIB, 0):
             tried = replace(means, run_bytes=min(run_bytes, means.run_bytes), piece_bytes=piece_bytes)
@@ -102,28 +100,13 @@ def hard_cap(limit_bytes: int) -> Iterator[None]:
     """
     from google.protobuf.message import EncodeError
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    room = max(limit_bytes - resident_bytes(), 0)
-    limit_process(resource.RLIMIT_DATA, _data_bytes() + room + _ASKED_ONLY_BYTES)
     try:
-        yield
+        with capped(limit_bytes):
+            yield
     except (MemoryError, EncodeError) as error:  # protobuf has no other word for it
         raise OutOfResource(
             f"more than {show_size(limit_bytes)} were needed", hint=f"--memory-limit {2 * limit_bytes // MIB}MiB"
         ) from error
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def resident_bytes() -> int:
-    """What this process holds now, after giving back what is free; 0 where that cannot be read."""
-    give_back()
-    return read_host_memory().resident_bytes or 0
-
-
-def _data_bytes() -> int:
-    """The private memory that the kernel counts against RLIMIT_DATA (VmData), used or only asked for."""
-    return kib_fields(STATUS)["VmData"]
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,10 @@ external_data_option = click.option(
     "--external-data", is_flag=True, help="Weights beside, in OUT.onnx.data; always from 2 GiB on."
 )
 
+compact_option = click.option(
+    "--compact", is_flag=True, help="In as few bytes as can be: tensors renamed, nodes without names, no notes."
+)
+
 
 class Batches(click.ParamType[tuple[int, ...]]):
     """One or several batch sizes: 1 or 1,8,32."""

@@ -36,6 +36,7 @@ from memopt_export.recipe import Recipe
 from memopt_export.stages import Outcome, Stages, locked, tool_versions
 from memopt_models.data import DataSet, Pictures, Samples, open_data, stream_samples
 from memopt_models.factories import source_digest
+from memopt_models.resume import Keep
 
 if TYPE_CHECKING:
     from memopt_export.tensorrt_engine import EngineSettings
@@ -163,14 +164,13 @@ def train_dense(work: Work) -> Outcome:
     """The dense checkpoint."""
     asked = work.job.train
 
-    def make(folder: Path) -> None:
+    def make(keep: Keep) -> Checkpoint:
         from memopt_models.train import train
 
-        _save(train(asked.network, asked.settings, work.data, asked.how, on_step=work.on_progress), folder)
+        return train(asked.network, asked.settings, work.data, asked.how, on_step=work.on_progress, keep=keep)
 
-    return work.stages.run(
-        "train", {"job": asked, "code": source_digest(asked.network), "data": work.data.fingerprint}, make
-    )
+    made_from = {"job": asked, "code": source_digest(asked.network), "data": work.data.fingerprint}
+    return _trained(work, "train", made_from, make)
 
 
 def prune_dense(work: Work, dense: Outcome) -> Outcome:
@@ -178,14 +178,15 @@ def prune_dense(work: Work, dense: Outcome) -> Outcome:
     asked = work.job.prune
     assert asked is not None
 
-    def make(folder: Path) -> None:
+    def make(keep: Keep) -> Checkpoint:
         from memopt_export.planned_memory import planner
         from memopt_models.prune import prune
 
         begin = _load(dense, work.job.train.network)
-        _save(prune(begin, work.data, asked, price=planner(), on_step=work.on_progress), folder)
+        return prune(begin, work.data, asked, price=planner(), on_step=work.on_progress, keep=keep)
 
-    return work.stages.run("prune", {"job": asked, "dense": dense.sha256, "data": work.data.fingerprint}, make)
+    made_from = {"job": asked, "dense": dense.sha256, "data": work.data.fingerprint}
+    return _trained(work, "prune", made_from, make)
 
 
 def distill_student(work: Work, dense: Outcome) -> Outcome:
@@ -193,23 +194,23 @@ def distill_student(work: Work, dense: Outcome) -> Outcome:
     asked = work.job.distill
     assert asked is not None
 
-    def make(folder: Path) -> None:
+    def make(keep: Keep) -> Checkpoint:
         from memopt_models.distill import distill
 
-        student = distill(
+        return distill(
             _load(dense, work.job.train.network),
             asked.network,
             asked.settings,
             work.data,
             asked.how,
             on_step=work.on_progress,
+            keep=keep,
         )
-        _save(student, folder)
 
     made_from = {
         "job": asked, "code": source_digest(asked.network), "dense": dense.sha256, "data": work.data.fingerprint,
     }  # fmt: skip
-    return work.stages.run("distill", made_from, make)
+    return _trained(work, "distill", made_from, make)
 
 
 def export_network(work: Work, name: str, checkpoint: Outcome) -> Outcome:
@@ -292,7 +293,7 @@ def pack_bundle(
             labels=work.data.classes,
             preprocess=work.data.preprocess,
             golden_inputs=golden.pick(slice(None)).feeds,
-            golden_pictures=golden.split.images if isinstance(golden, Pictures) else None,
+            golden_pictures=golden.pictures if isinstance(golden, Pictures) else None,
             lineage=tuple(_lineage(work, checkpoints, graphs, engines)),
             license=work.job.license,
             tools=tool_versions(),
@@ -350,6 +351,17 @@ def report_of(bundle: Path) -> Path:
 def _put(path: Path, data: bytes) -> None:
     if not path.is_file() or path.read_bytes() != data:
         write_atomically(path, data, force=True)
+
+
+def _trained(work: Work, stage: str, made_from: Mapping[str, Any], make: Callable[[Keep], Checkpoint]) -> Outcome:
+    """A stage that trains. What it keeps lies beside its folder: an interrupted one goes on after its last epoch."""
+
+    def save(folder: Path) -> None:
+        keep = Keep(work.stages.folder_of(stage, made_from))
+        _save(make(keep), folder)
+        keep.forget()
+
+    return work.stages.run(stage, made_from, save)
 
 
 def _quantize(work: Work, network: str, exported: Outcome, recipe: Recipe) -> Outcome:

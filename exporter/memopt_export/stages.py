@@ -25,7 +25,7 @@ RECORD = "stage.json"
 _MAKING = ".making-"
 _SHOWS_ONLY = frozenset({
     "cli.py", "__main__.py", "commands.py", "console.py", "inspection.py", "charts.py", "findings.py", "gate.py",
-    "options.py", "page.py", "pictures.py", "plan_svg.py", "training_cli.py", "training_commands.py",
+    "options.py", "page.py", "pictures.py", "plan_svg.py", "spread.py", "training_cli.py", "training_commands.py",
 })  # fmt: skip
 # Distributions whose version changes what a stage makes.
 TOOLS = (
@@ -81,14 +81,17 @@ class Stages:
         Raises:
             OutOfResource: the disk is full.
         """
-        key = _key(stage, made_from)
-        folder = self.root / f"{stage.replace(' ', '-')}-{key[:16]}"
+        key, folder = _key(stage, made_from), self.folder_of(stage, made_from)
         found = _find(stage, folder, key)
         if found is None:
             self.on_start(stage)
             found = self._make(stage, folder, key, make)
         self.on_done(found)
         return found
+
+    def folder_of(self, stage: str, made_from: Mapping[str, Any]) -> Path:
+        """Where the finished stage lies, or will lie."""
+        return self.root / f"{stage.replace(' ', '-')}-{_key(stage, made_from)[:16]}"
 
     def _make(self, stage: str, folder: Path, key: str, make: Callable[[Path], None]) -> Outcome:
         started = time.perf_counter()

@@ -17,7 +17,7 @@ from memopt.errors import InputRefused, IntegrityError, UsageError
 from memopt.files import write_atomically
 from memopt.manifest import Stage
 from memopt.strict_json import from_json, from_plain, to_json, to_plain
-from memopt.tensors import TensorSpec
+from memopt.tensors import Array, TensorSpec
 from memopt_models import networks
 from memopt_models.digest import digest_arrays
 
@@ -65,13 +65,7 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> str:
         """Digest of the weights' names, dtypes, shapes and bytes, as 64 hex digits."""
-        import torch
-
-        return digest_arrays({
-            f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}":
-                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            for name, tensor in self.state.items()
-        })  # fmt: skip
+        return digest_state(self.state)
 
     @cached_property
     def parameters(self) -> int:
@@ -131,6 +125,32 @@ class Checkpoint:
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
     """The module's weights as they are now, in memory of their own."""
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def digest_state(state: Mapping[str, torch.Tensor]) -> str:
+    """sha256 of the tensors' names, dtypes, shapes and bytes, as 64 hex digits."""
+    return digest_arrays({
+        f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}": bytes_of(tensor)
+        for name, tensor in state.items()
+    })  # fmt: skip
+
+
+def bytes_of(tensor: torch.Tensor) -> Array:
+    """The bytes of a tensor, one after the other: a view where it lies on the CPU in one piece."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """How safetensors calls the dtype.
+
+    >>> import torch
+    >>> dtype_name(torch.zeros(1, dtype=torch.bfloat16))
+    'BF16'
+    """
+    names = {ours: theirs for theirs, ours in _DTYPES.items()}
+    return names[str(tensor.dtype).removeprefix("torch.")]
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -13,18 +13,19 @@ from typing import Any, Protocol, overload
 import numpy as np
 
 from memopt.errors import InputRefused, UsageError
-from memopt.preprocess import prepare, resize
+from memopt.preprocess import prepare, resize, without_numbers
 from memopt.strict_json import to_json
 from memopt.tensors import Array, TensorSpec, check_feeds
-from memopt_models import downloads
+from memopt_models import downloads, npz
 from memopt_models.class_folders import read_class_folders
 from memopt_models.dataset import SPLITS, DataSet, Split, make_data, split_by_class
 from memopt_models.digest import digest_arrays
 from memopt_models.factories import load_factory
+from memopt_models.store import default_store
 
 __all__ = [
-    "SPLITS", "Batches", "DataSet", "Pictures", "Samples", "Split", "default_root", "is_known", "make_data",
-    "open_data", "open_samples", "stream_samples",
+    "SPLITS", "Batches", "DataSet", "Pictures", "Samples", "Split", "default_root", "is_data_set", "is_known",
+    "make_data", "open_data", "open_samples", "stream_samples",
 ]  # fmt: skip
 
 
@@ -106,6 +107,11 @@ class Pictures:
         """int64 (n,)."""
         return self.split.labels
 
+    @property
+    def pictures(self) -> Array | None:
+        """uint8 (n, height, width, channels); None where the samples are none."""
+        return self.split.images[:] if self.split.are_pictures else None
+
     def pick(self, rows: Array | slice) -> Samples:
         """These rows, prepared.
 
@@ -113,7 +119,7 @@ class Pictures:
             InputRefused: the pictures do not fit the inputs.
         """
         chosen = self.split.pick(rows)
-        feeds = {self.inputs[0].name: prepare(chosen.images, self.steps)}
+        feeds = {self.inputs[0].name: prepare(chosen.images[:], self.steps)}
         check_feeds(self.inputs, feeds)
         return Samples(feeds, chosen.labels, self.source, None if self.rows is None else self.rows[rows])
 
@@ -133,7 +139,7 @@ def open_data(spec: str, *, root: Path | None = None, download: bool = True) -> 
 
     Args:
         spec: "digits" (offline), "mnist", "fashion-mnist", "cifar10", "images:DIR" or "images:DIR@HEIGHTxWIDTH"
-            (class folders), or "pkg.mod:function" (returns a DataSet).
+            (class folders), "FILE.npz" (see `memopt_models.npz`), or "pkg.mod:function" (returns a DataSet).
         root: where downloaded data lies; None takes `default_root()`.
         download: whether missing data may be fetched.
 
@@ -145,13 +151,20 @@ def open_data(spec: str, *, root: Path | None = None, download: bool = True) -> 
         data = _KNOWN[spec](root or default_root(), download=download)
     elif spec.startswith("images:"):
         data = _images(spec)
+    elif spec.endswith(".npz"):
+        data = npz.read_npz(Path(spec), default_store())
     elif ":" in spec:
         data = load_factory(spec)()
         if not isinstance(data, DataSet):
             raise UsageError(f"{spec!r} returned a {type(data).__name__}, not a memopt_models.data.DataSet")
     else:
-        raise UsageError(f"data {spec!r} is not known", hint=f"{', '.join(_KNOWN)}, images:DIR or pkg.mod:function")
+        raise UsageError(f"data {spec!r} is not known", hint=_HINT)
     return replace(data, spec=spec)
+
+
+def is_data_set(spec: str, inputs: Sequence[TensorSpec]) -> bool:
+    """Whether the spec names what `open_data` opens, and not just arrays for a model with these inputs."""
+    return not spec.endswith(".npz") or npz.is_data_set(Path(spec), inputs)
 
 
 def is_known(spec: str) -> bool:
@@ -177,13 +190,13 @@ def open_samples(
     """Samples that a model with these inputs can run.
 
     Args:
-        spec: as for `open_data`, or "FILE.npz" with arrays named as the inputs and, if known, "labels". Its rows are
-            shuffled, always in the same way: "train" is the first half of them, "validation" the other one; "test" is
-            the whole file, for a file that a user brings to judge a model is there to be judged.
+        spec: as for `open_data`, or "FILE.npz" with arrays named and typed as the inputs and, if known, "labels". Its
+            rows are shuffled, always in the same way: "train" is the first half of them, "validation" the other one;
+            "test" is the whole file, for a file that a user brings to judge a model is there to be judged.
         split: "train", "validation" or "test".
         inputs: of the model; their first dimension is the batch.
         root: as for `open_data`.
-        preprocess: the model's own steps; None takes those of the data set.
+        preprocess: the model's own steps; None takes those of the data set, as far as they fit the inputs' dtype.
         count: how many samples, drawn as by `Samples.take` but before they are prepared; None takes all.
         at_most: the same, but a smaller split is taken whole; it goes before `count`.
         seed: of the draw.
@@ -213,8 +226,8 @@ def stream_samples(
     if split not in SPLITS:
         raise UsageError(f"split {split!r} is not known", hint=", ".join(SPLITS))
     per_sample = [replace(tensor, shape=("batch", *tensor.shape[1:])) for tensor in inputs]
-    if spec.endswith(".npz"):
-        samples = _divide(_read_npz(Path(spec), per_sample), split)
+    if not is_data_set(spec, inputs):
+        samples = _divide(_read_samples(Path(spec), per_sample), split)
         wanted = count if at_most is None else min(at_most, len(samples))
         return samples if wanted is None else samples.take(wanted, seed=seed)
     data = open_data(spec, root=root)
@@ -224,7 +237,9 @@ def stream_samples(
     if wanted is not None:
         rows = _draw_rows(len(chosen), wanted, seed=seed, source=source)
         chosen = chosen.pick(rows)
-    steps = data.preprocess if preprocess is None else preprocess
+    takes_pictures = inputs[0].dtype == "uint8"
+    own = without_numbers(data.preprocess) if takes_pictures else data.preprocess
+    steps = own if preprocess is None else preprocess
     return Pictures(chosen, steps, tuple(per_sample), source, rows)
 
 
@@ -257,6 +272,9 @@ _KNOWN: dict[str, _Opener] = {
 }
 
 
+_HINT = f"{', '.join(_KNOWN)}, images:DIR, FILE.npz or pkg.mod:function"
+
+
 def _draw_rows(available: int, n: int, *, seed: int, source: str) -> Array:
     """`n` different rows of the available ones, sorted."""
     if not 0 < n <= available:
@@ -271,11 +289,11 @@ def _images(spec: str) -> DataSet:
     size = (int(match[2]), int(match[3])) if match[2] else None
     if size and not all(0 < side <= 4096 for side in size):
         raise UsageError(f"data {spec!r} asks for pictures of {size[0]}x{size[1]}", hint=f"images:{match[1]}@224x224")
-    splits, classes = read_class_folders(Path(match[1]), size=size)
+    splits, classes = read_class_folders(Path(match[1]), default_store(), size=size)
     return make_data(spec, splits, classes)
 
 
-def _read_npz(path: Path, inputs: Sequence[TensorSpec]) -> Samples:
+def _read_samples(path: Path, inputs: Sequence[TensorSpec]) -> Samples:
     """Arrays named as the inputs, each with the samples along its first axis, and the labels if there are any."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:

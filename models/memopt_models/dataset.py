@@ -1,7 +1,9 @@
-"""Pictures with classes, divided into train, validation and test; uint8 until a batch of them is prepared."""
+"""Samples with classes, divided into train, validation and test; pictures are uint8 until a batch is prepared."""
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,34 +15,50 @@ from memopt.errors import InputRefused
 from memopt.strict_json import to_json
 from memopt.tensors import Array, TensorSpec
 from memopt_models.digest import digest_arrays
+from memopt_models.selection import Selection
 
 SPLITS = ("train", "validation", "test")
+_BLOCK_BYTES = 2**16  # of pictures that are counted at once; numpy counts them as int64
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Pictures and their classes."""
+    """Samples and their classes: pictures, or what a network takes as it is."""
 
-    images: Array  # uint8 (n, height, width, channels)
+    images: Array | Selection  # uint8 (n, height, width, 1 or 3), or float32 (n, channels, height, width)
     labels: Array  # int64 (n,)
 
     def __post_init__(self) -> None:
-        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] not in (1, 3):
-            raise InputRefused(f"pictures are {self.images.dtype} {self.images.shape}", hint="uint8 (n, h, w, 1 or 3)")
+        images = self.images
+        if images.ndim != 4 or not (images.dtype == np.float32 or (self.are_pictures and images.shape[3] in (1, 3))):
+            hint = "uint8 (n, h, w, 1 or 3), or float32 (n, channels, h, w)"
+            raise InputRefused(f"pictures are {images.dtype} {images.shape}", hint=hint)
         if self.labels.dtype != np.int64 or self.labels.shape != self.images.shape[:1]:
             raise InputRefused(f"labels are {self.labels.dtype} {self.labels.shape} for {len(self.images)} pictures")
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def are_pictures(self) -> bool:
+        """Whether the samples are uint8, to be prepared."""
+        return bool(self.images.dtype == np.uint8)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Of samples that lie in a mapped file, whose pages come and go as they are read; 0 for others."""
+        images = self.images.array if isinstance(self.images, Selection) else self.images
+        return math.prod(self.images.shape) * images.itemsize if _is_mapped(images) else 0
+
     def pick(self, rows: Array | slice) -> Split:
-        """These rows; of a slice the pictures are a view, so that a mapped file stays mapped."""
-        return Split(self.images[rows], self.labels[rows])
+        """These rows; of a slice, or a selection, the pictures are a view, so that a mapped file stays mapped."""
+        images = self.images.pick(rows) if isinstance(self.images, Selection) else self.images[rows]
+        return Split(images, self.labels[rows])
 
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Three splits of pictures of one size, and how a picture becomes an input."""
+    """Three splits of samples of one size, and how one becomes an input."""
 
     name: str
     train: Split
@@ -55,7 +73,7 @@ class DataSet:
         for name, split in self.splits.items():
             if not len(split):
                 raise InputRefused(f"data {self.name!r} has no {name} samples")
-            if split.images.shape[1:] != size:
+            if split.images.shape[1:] != size or split.images.dtype != self.train.images.dtype:
                 raise InputRefused(
                     f"data {self.name!r} has pictures of {split.images.shape[1:]} in {name}, {size} in train"
                 )
@@ -78,12 +96,15 @@ class DataSet:
     @property
     def input_spec(self) -> TensorSpec:
         """What a model of this data takes."""
-        _, height, width, channels = self.train.images.shape
-        return TensorSpec("input", "float32", ("batch", channels, height, width))
+        _, *shape = self.train.images.shape
+        channels_first = (shape[2], shape[0], shape[1]) if self.train.are_pictures else shape
+        return TensorSpec("input", "float32", ("batch", *channels_first))
 
 
 def make_data(name: str, splits: Sequence[Split], classes: Sequence[str]) -> DataSet:
     """A DataSet whose preprocessing brings the train pictures to mean 0 and deviation 1 in each channel.
+
+    What are no pictures has no preprocessing.
 
     Args:
         name: as it stands in lineage and reports.
@@ -91,6 +112,8 @@ def make_data(name: str, splits: Sequence[Split], classes: Sequence[str]) -> Dat
         classes: names, in the order of the labels.
     """
     train, validation, test = splits
+    if not train.are_pictures:
+        return DataSet(name, train, validation, test, tuple(classes), ())
     _, height, width, channels = train.images.shape
     mean, std = channel_statistics(train.images)
     preprocess: tuple[dict[str, Any], ...] = (
@@ -103,16 +126,16 @@ def make_data(name: str, splits: Sequence[Split], classes: Sequence[str]) -> Dat
     return DataSet(name, train, validation, test, tuple(classes), preprocess)
 
 
-def channel_statistics(images: Array) -> tuple[list[float], list[float]]:
+def channel_statistics(images: Array | Selection) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel in 0 to 1, rounded to 4 digits; exact, from the counts of 256 values.
 
     >>> channel_statistics(np.array([0, 255], np.uint8).reshape(1, 1, 2, 1))
     ([0.5], [0.5])
     """
-    channels = images.shape[3]
+    channels, rows = images.shape[3], max(1, _BLOCK_BYTES // math.prod(images.shape[1:]))
     counts = np.zeros((channels, 256), np.int64)
-    for start in range(0, len(images), 1024):  # the pictures may be a mapped file: never all in memory
-        block = images[start : start + 1024]
+    for start in range(0, len(images), rows):  # the pictures may be a mapped file: never all in memory
+        block = images[start : start + rows]
         counts += [np.bincount(block[..., channel].ravel(), minlength=256) for channel in range(channels)]
     shares, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
     mean = shares @ values
@@ -134,3 +157,10 @@ def split_by_class(labels: Array, *, shares: Sequence[float] = (0.6, 0.2, 0.2), 
         for part, piece in zip(parts, np.split(rows, cuts), strict=True):
             part.append(piece)
     return [np.sort(np.concatenate(part)) for part in parts]
+
+
+def _is_mapped(array: Any) -> bool:
+    """Whether the array is a view of a mapped file, through whatever other views."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return isinstance(array.obj if isinstance(array, memoryview) else array, mmap.mmap)

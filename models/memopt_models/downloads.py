@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from memopt.errors import InputRefused
 from memopt_models.dataset import DataSet, Split, make_data
 from memopt_models.idx import has_idx_files, map_split
+from memopt_models.store import Content, default_store, describe_files
 
 _DIGITS = tuple("0123456789")
 _CLOTHES = ("t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -28,13 +30,30 @@ def fashion_mnist(root: Path, *, download: bool) -> DataSet:
 
 
 def cifar10(root: Path, *, download: bool) -> DataSet:
-    """Krizhevsky's things: 45834 + 4166 + 10000 RGB pictures of 32x32, in memory.
+    """Krizhevsky's things: 45834 + 4166 + 10000 RGB pictures of 32x32, mapped from the store.
 
-    Their files are pickles; torchvision opens them only when their MD5 is the published one.
+    Their files are pickles; torchvision opens them, once and only when their MD5 is the published one.
     """
-    parts = [_fetch("cifar10", "CIFAR10", root, train=train, download=download) for train in (True, False)]
-    whole, test = (Split(part.data, np.asarray(part.targets, np.int64)) for part in parts)
+    whole, test = (_stored_cifar10(root, train=train, download=download) for train in (True, False))
     return make_data("cifar10", [*_hold_out(whole), test], _THINGS)
+
+
+def _stored_cifar10(root: Path, *, train: bool, download: bool) -> Split:
+    """One part, out of the store; its pickles are opened where it is not there yet."""
+    folder, store = root / "cifar-10-batches-py", default_store()
+
+    @cache
+    def fetch() -> Any:
+        return _fetch("cifar10", "CIFAR10", root, train=train, download=download)
+
+    if not folder.is_dir():
+        fetch()  # the files, before they can be described
+    made_from = {"cifar10": describe_files(sorted(folder.glob("*_batch*"))), "train": train}
+    images = store.get({**made_from, "of": "images"}, lambda: Content(fetch().data.shape, [fetch().data]))
+    labels = store.get(
+        {**made_from, "of": "labels"}, lambda: Content((len(fetch().targets),), [np.array(fetch().targets, np.uint8)])
+    )
+    return Split(images, labels.astype(np.int64))
 
 
 def _idx_data(name: str, root: Path, kind: str, classes: Sequence[str], *, download: bool) -> DataSet:

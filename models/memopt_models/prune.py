@@ -18,8 +18,12 @@ from memopt_models.hidden import cut_hidden
 from memopt_models.layer_costs import count_macs
 from memopt_models.prune_apart import Cutter, Limits, cutter_apart
 from memopt_models.ranking import Cut, NotThisWay
+from memopt_models.resume import Keep
 from memopt_models.targets import Price, Target, Trial, measure_cost, search
-from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module
+from memopt_models.team import ALONE, Team
+from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module, identify
+from memopt_models.training_memory import Ledger, settle
+from memopt_models.training_probe import Subject
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +70,8 @@ def prune(
     *,
     price: Price | None = None,
     on_step: OnStep | None = None,
+    keep: Keep | None = None,
+    team: Team = ALONE,
 ) -> Checkpoint:
     """The checkpoint with fewer channels in every layer but the classifier, fine-tuned; its tensors are smaller.
 
@@ -78,26 +84,30 @@ def prune(
         how: ratio or target, method, fine-tuning.
         price: plans the memory of a checkpoint at a batch, for a target of memory.
         on_step: called after every step of the fine-tuning.
+        keep: of the fine-tuning, see `train`.
+        team: of the fine-tuning, see `train`.
 
     Raises:
         InputRefused: the data does not fit the checkpoint.
         UsageError: a pattern of protected layers matches nothing, or a target of memory has no price.
         AnswerIsNo: the network cannot be pruned, nothing is left to take away, or the target cannot be reached.
+        OutOfResource: the fine-tuning does not fit into its limits.
     """
-    data = data_for(checkpoint, data)
+    data, ledger = data_for(checkpoint, data), Ledger(on_step)
     instead: dict[str, str] = {}
     for way in how.ways:
         try:
             with WAYS[way](how.limits) as cutter:
-                pruned, note = _Pruning(data, how, cutter, price, on_step).run(checkpoint)
+                pruned, note = _Pruning(data, how, cutter, price, ledger, keep, team).run(checkpoint)
             break
         except NotThisWay as error:
             instead[way] = error.problem
     else:
         raise AnswerIsNo("the network cannot be pruned: " + "; ".join(f"{way}: {why}" for way, why in instead.items()))
-    used = {**asdict(how), **describe(data), **note, "way": way, "instead": instead}
+    used = {**asdict(how), **describe(data), **note, "way": way, "instead": instead, "memory": ledger.memory}
     module = pruned.module()
-    metrics = measure(module, data) | {"macs": float(count_macs(pruned.module(), checkpoint.inputs[0].at_batch(1)))}
+    metrics = measure(module, data) if team.is_first else {}
+    metrics["macs"] = float(count_macs(pruned.module(), checkpoint.inputs[0].at_batch(1)))
     return checkpoint.advance("prune", module, settings=used, metrics=metrics, parents=(checkpoint.sha256,))
 
 
@@ -129,7 +139,9 @@ class _Pruning:
     how: PruneSettings
     cutter: Cutter
     price: Price | None
-    on_step: OnStep | None
+    ledger: Ledger
+    keep: Keep | None
+    team: Team
 
     def run(self, checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
         """The pruned and fine-tuned network, and what the lineage has to say of it."""
@@ -146,7 +158,7 @@ class _Pruning:
             else:
                 trial = self._reach(current, target, limit=before - (before - limit) * step // how.steps)
             ratios.append(round(1 - trial.kept, 6))
-            current = self._finetune(trial.checkpoint, epochs[step - 1])
+            current = self._finetune(trial.checkpoint, epochs[step - 1], "prune" if how.steps == 1 else f"prune {step}")
         _refuse_unchanged(checkpoint, current, how)
         note: dict[str, Any] = {"ratios": ratios}
         if target is not None:
@@ -165,12 +177,18 @@ class _Pruning:
         pruned = replace(checkpoint, state=self.cutter(checkpoint, cut, gradients))
         return Trial(kept, measure_cost(target, pruned, self.price) if target is not None else 0, pruned)
 
-    def _finetune(self, checkpoint: Checkpoint, epochs: int) -> Checkpoint:
+    def _finetune(self, checkpoint: Checkpoint, epochs: int, stage: str) -> Checkpoint:
         if self.how.finetune is None:
             return checkpoint
         module = checkpoint.module()
         settings = replace(self.how.finetune, epochs=epochs)
-        fit_module(module, self.data, settings, cross_entropy, self.on_step, stage="prune")
+        settings = settle(
+            Subject(checkpoint), self.data, settings, self.ledger, stage=stage, keep=self.keep, team=self.team
+        )
+        fit_module(
+            module, self.data, settings, cross_entropy, self.ledger,
+            stage=stage, keep=self.keep, made_from=identify(checkpoint), team=self.team,
+        )  # fmt: skip
         return replace(checkpoint, state=snapshot(module))
 
 
@@ -189,7 +207,7 @@ def _gradients(checkpoint: Checkpoint, data: DataSet, seed: int) -> dict[str, to
     drawn = np.random.default_rng(seed).permutation(len(data.train))[:_GRADIENT_SAMPLES]
     for start in range(0, len(drawn), _GRADIENT_BATCH):
         batch = data.train.pick(np.sort(drawn[start : start + _GRADIENT_BATCH]))
-        inputs = torch.from_numpy(prepare(batch.images, data.preprocess))
+        inputs = torch.from_numpy(prepare(np.asarray(batch.images), data.preprocess))
         cross_entropy(module(inputs), torch.from_numpy(batch.labels), inputs).backward()  # type: ignore[no-untyped-call]
     return {
         name: torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -8,7 +8,7 @@ that of MobileNetV3 or EfficientNet is not, and divides by a scale that may be z
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch.fx import GraphModule, Node
 
+METHOD = "pt2e"
 _SMALLEST_STEP = 2.0**-60
 # A little below one: ONNX Runtime drops a Clip before a QuantizeLinear only where 255 steps do not reach past its end.
 _WITHIN = 1 - 2.0**-20
@@ -80,8 +81,7 @@ def rounded(checkpoint: Checkpoint, target: str) -> Rounded:
         InputRefused: torch cannot trace the network.
         AnswerIsNo: it has no layer that an integer kernel could compute.
     """
-    module = _trace(checkpoint)
-    _fold_batch_norms(module)
+    module = folded(checkpoint)
     others = checkpoint.module().state_dict() | snapshot(module)
     if not any(is_layer(node) for node in module.graph.nodes):
         raise AnswerIsNo(f"{checkpoint.network} has no convolution or linear layer that int8 could serve")
@@ -90,6 +90,20 @@ def rounded(checkpoint: Checkpoint, target: str) -> Rounded:
     activations = _name_activations(prepared, weights.values())
     _make_switchable(prepared, activations.values())
     return Rounded(prepared, weights, activations, others)
+
+
+def folded(checkpoint: Checkpoint) -> GraphModule:
+    """The network as a graph in which BatchNorms have gone into the convolutions before them, in evaluation mode.
+
+    Its parameters have the network's own names; see `_fold_batch_norms`.
+
+    Raises:
+        InputRefused: torch cannot trace the network.
+    """
+    module = _trace(checkpoint)
+    _fold_batch_norms(module)
+    _make_switchable(module, ())
+    return module
 
 
 def restored(checkpoint: Checkpoint) -> Rounded:
@@ -115,12 +129,39 @@ def restored(checkpoint: Checkpoint) -> Rounded:
 
 def converted(checkpoint: Checkpoint) -> GraphModule:
     """The same with int8 weights, and operations that quantize and dequantize: what torch.onnx makes QDQ of."""
+    from torch.fx import GraphModule
+
     with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-        module: GraphModule = convert_pt2e(restored(checkpoint).module)
+        whole = convert_pt2e(restored(checkpoint).module)
+    whole.graph.eliminate_dead_code()
+    module = GraphModule(whole, whole.graph)  # which takes what the graph reads, and leaves the float weights behind
     _make_switchable(module, ())
     return module
+
+
+def without_torchao(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program of a converted network in torch's own operators: these are what is there where it is loaded."""
+    import torch
+
+    def quantize(x: Any, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype) -> Any:
+        return torch.clamp(torch.round(x / scale) + zero_point, low, high).to(dtype)
+
+    def dequantize(x: Any, scale: float, zero_point: int, *_ends_and_dtype: Any) -> Any:
+        return (x.to(torch.float32) - zero_point) * scale
+
+    def dequantize_channels(x: Any, scale: Any, _zeros: Any, axis: int, *_ends_and_dtype: Any) -> Any:
+        return x.to(torch.float32) * scale.reshape([-1 if each == axis else 1 for each in range(x.ndim)])
+
+    operators = torch.ops.quantized_decomposed
+    table = {
+        operators.quantize_per_tensor.default: quantize,
+        operators.dequantize_per_tensor.default: dequantize,
+        operators.dequantize_per_channel.default: dequantize_channels,
+    }
+    plain: torch.export.ExportedProgram = program.run_decompositions(table)
+    return plain
 
 
 # --- the graph
@@ -205,8 +246,8 @@ def _prepare(module: GraphModule, target: str) -> GraphModule:
             specs = _Specs(places, target)
             for node in model.graph.nodes:
                 inputs = {tensor: specs.of(tensor) for tensor, reader in places.reads if reader is node}
-                if is_layer(node):  # torchao wants the input before the weight
-                    inputs[node.args[1]] = specs.weight
+                if is_layer(node):
+                    inputs |= specs.stored(node)
                 output = specs.of(node) if node in places.written else None
                 if inputs or output:
                     node.meta["quantization_annotation"] = QuantizationAnnotation(inputs, output, _annotated=True)
@@ -232,11 +273,25 @@ class _Specs:
         from torchao.quantization.pt2e.quantizer import SharedQuantizationSpec
 
         origin = self.places.origins.get(tensor)
-        if origin is None:
-            return self._activation
-        if origin in self.places.written:
-            return SharedQuantizationSpec(origin)
-        return SharedQuantizationSpec(next(edge for edge in self.places.reads if edge[0] is origin))
+        return self._activation if origin is None else SharedQuantizationSpec(self._first(origin))
+
+    def stored(self, layer: Node) -> dict[Node, Any]:
+        """Of a layer's weight; and of its bias where kernels add it in int32, to products of inputs and weights."""
+        import torch
+        from torchao.quantization.pt2e.quantizer import DerivedQuantizationSpec
+
+        weight, bias = argument(layer, 1), argument(layer, 2)
+        if self.target != "cpu" or bias is None:
+            return {weight: self._weight}
+        int32 = DerivedQuantizationSpec(
+            [self._first(argument(layer, 0)), (weight, layer)], _product, torch.int32,
+            quant_min=-(2**31), quant_max=2**31 - 1, qscheme=torch.per_channel_symmetric, ch_axis=0,
+        )  # fmt: skip
+        return {weight: self._weight, bias: int32}
+
+    def _first(self, tensor: Node) -> Any:
+        """Where a tensor is quantized first, as torchao names it: where it is written, or where it is read."""
+        return tensor if tensor in self.places.written else next(e for e in self.places.reads if e[0] is tensor)
 
     @property
     def _activation(self) -> Any:
@@ -249,23 +304,31 @@ class _Specs:
             torch.uint8 if cpu else torch.int8,
             torch.per_tensor_affine if cpu else torch.per_tensor_symmetric,
             FakeQuantize.with_args(observer=MovingAverageMinMaxObserver),
+            low=0 if cpu else -128,
         )
 
     @property
-    def weight(self) -> Any:
+    def _weight(self) -> Any:
         """Symmetric int8 for each output channel, as wide as its weights are at this moment."""
         import torch
         from torchao.quantization.pt2e import FakeQuantize, MovingAveragePerChannelMinMaxObserver
 
         observer = MovingAveragePerChannelMinMaxObserver.with_args(averaging_constant=1.0, eps=_SMALLEST_STEP)
-        return _spec(torch.int8, torch.per_channel_symmetric, FakeQuantize.with_args(observer=observer))
+        return _spec(torch.int8, torch.per_channel_symmetric, FakeQuantize.with_args(observer=observer), low=-127)
 
 
-def _spec(dtype: torch.dtype, scheme: torch.qscheme, fake: Any) -> Any:
+def _product(fakes: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The steps of a bias, (channels,), and their zero points, from the fake quantizers of input and weight."""
+    (scale, _), (scales, zero_points) = (fake.calculate_qparams() for fake in fakes)
+    return scale * scales, zero_points
+
+
+def _spec(dtype: torch.dtype, scheme: torch.qscheme, fake: Any, *, low: int) -> Any:
+    """What torchao is told of 8 bits that begin at `low`."""
     import torch
     from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
-    low, high = (0, 255) if dtype == torch.uint8 else (-_LARGEST_WEIGHT, _LARGEST_WEIGHT)
+    high = torch.iinfo(dtype).max
     return QuantizationSpec(dtype, fake, quant_min=low, quant_max=high, qscheme=scheme, ch_axis=0)
 
 
@@ -279,7 +342,7 @@ def _name_activations(prepared: GraphModule, weights: Iterable[Any]) -> dict[str
         elif node.op == "call_function":
             named[node] = f"{operation(node)}.{counts[operation(node)]}"
             counts[operation(node)] += 1
-        elif node.op == "call_module" and id(fake := _fake(prepared, node)) not in seen:
+        elif node.op == "call_module" and argument(node, 0) in named and id(fake := _fake(prepared, node)) not in seen:
             seen.add(id(fake))
             found[named[argument(node, 0)]] = fake
     return found
@@ -318,7 +381,8 @@ def _is_range(tensor: torch.Tensor) -> bool:
 def _set_range(fake: Any, low: torch.Tensor, high: torch.Tensor) -> None:
     """Makes the fake quantizer as wide as that, once and for all."""
     fake.activation_post_process.min_val, fake.activation_post_process.max_val = low, high
-    fake.scale, fake.zero_point = fake.calculate_qparams()
+    scale, zero_point = fake.calculate_qparams()
+    fake.scale, fake.zero_point = scale, zero_point.to(fake.zero_point.dtype)
     fake.disable_observer()
 
 
@@ -326,8 +390,10 @@ def _weight_bounds(prepared: GraphModule, layer: Any) -> tuple[torch.Tensor, tor
     """The ends of each channel's weights, widened where its bias would overflow int32, the weights being near zero."""
     weight = prepared.get_parameter(layer.args[1].args[0].target)
     largest = weight.detach().abs().flatten(1).amax(dim=1)
-    if argument(layer, 2) is not None:
-        bias = prepared.get_parameter(layer.args[2].target).detach()
+    stored = argument(layer, 2)
+    if stored is not None:
+        name = stored.target if is_stored(stored) else argument(stored, 0).target
+        bias = prepared.get_parameter(name).detach()
         step = bias.abs() / (_fake(prepared, layer.args[0]).scale * _LARGEST_BIAS)  # of the weights, at least
         largest = largest.maximum(step * _LARGEST_WEIGHT)
     return -largest, largest

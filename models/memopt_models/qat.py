@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from memopt.errors import InputRefused, UsageError
-from memopt_models import pt2e
+from memopt_models import pt2e, ste
 from memopt_models.checkpoint import QUANTIZATION, Checkpoint
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure
 from memopt_models.integer_kernels import PLACES
-from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module
+from memopt_models.resume import Keep
+from memopt_models.team import ALONE, Team
+from memopt_models.train import Loss, OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module, identify
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -24,17 +28,31 @@ class QatSettings:
 
     train: TrainSettings
     precision: str = "int8"
-    target: str = "cpu"  # who computes it: "cpu" (ONNX Runtime) or "tensorrt"
+    target: str = "cpu"  # who computes int8: "cpu" (ONNX Runtime) or "tensorrt"
+    # Of weights alone:
+    layer_bits: Mapping[str, int] = field(default_factory=dict)  # other bits by the layer's name; 32: it stays float
+    per_channel: bool = False  # a step for each output channel, 4 bytes each, instead of one for the layer
+    round_biases: bool = True  # to 8 bits, in steps that the whole network shares
 
     def __post_init__(self) -> None:
         for name, table in (("precision", METHODS), ("target", PLACES)):
             if getattr(self, name) not in table:
                 raise UsageError(f"{name} {getattr(self, name)!r} is not known", hint=", ".join(table))
+        for name, only in (("precision", "fp32"), ("checkpointing", "off")):
+            if getattr(self.train, name) != only:
+                raise UsageError(f"{name} is {getattr(self.train, name)!r}, a rounded network trains with {only!r}")
+        for name, bits in self.layer_bits.items():
+            if bits not in (*ste.BITS, ste.FLOAT):
+                known = ", ".join(map(str, (*ste.BITS, ste.FLOAT)))
+                raise UsageError(f"layer {name!r} shall have {bits} bits", hint=f"one of {known}")
+        if self.precision == "int8" and (self.layer_bits or self.per_channel):
+            raise UsageError("bits and steps are chosen for weights alone", hint="--precision int4-weights")
 
 
 def train_rounded(
-    checkpoint: Checkpoint, data: DataSet, how: QatSettings, *, on_step: OnStep | None = None
-) -> Checkpoint:
+    checkpoint: Checkpoint, data: DataSet, how: QatSettings, *, on_step: OnStep | None = None,
+    keep: Keep | None = None, team: Team = ALONE,
+) -> Checkpoint:  # fmt: skip
     """The checkpoint, trained on with its weights and activations rounded.
 
     The metrics are those of the rounded network, and of the float one before, "validation_top1_float" and
@@ -45,20 +63,41 @@ def train_rounded(
         data: to train and to measure on.
         how: precision, target, training.
         on_step: called after every step.
+        keep: see `train`.
+        team: see `train`.
 
     Raises:
         InputRefused: the data does not fit the checkpoint, or torch cannot trace its network.
         AnswerIsNo: the training diverged, or nothing in the network can be rounded.
+        OutOfResource: it does not fit into the limits.
     """
-    data = data_for(checkpoint, data)
-    before = {f"{name}_float": value for name, value in measure(checkpoint.module(), data).items()}
-    draft = METHODS[how.precision](checkpoint, data, how, on_step)
-    metrics = measure(deployed(draft), data) | before
-    return checkpoint.advance(
-        "qat", draft.module(), settings={**asdict(how), **describe(data)}, metrics=metrics,
-        parents=(checkpoint.sha256,), quantization=draft.quantization,
-        scales=draft.scales,
+    from memopt_models.training_memory import Ledger, settle
+    from memopt_models.training_probe import Subject
+
+    data, ledger = data_for(checkpoint, data), Ledger(on_step)
+    asked = {name: value for name, value in vars(how).items() if name != "train"}
+    subject = Subject(checkpoint, make=f"{__name__}:{trainee.__name__}", arguments=asked)
+    how = replace(how, train=settle(subject, data, how.train, ledger, stage="qat", keep=keep, team=team))
+    made, given = METHODS[how.precision](checkpoint, how), {**identify(checkpoint), **asked}
+    fit_module(
+        made.module, data, how.train, cross_entropy, ledger, stage="qat", keep=keep, made_from=given, team=team
     )  # fmt: skip
+    draft = made.result()
+    metrics: dict[str, float] = {}
+    if team.is_first:
+        before = {f"{name}_float": value for name, value in measure(checkpoint.module(), data).items()}
+        metrics = measure(deployed(draft), data) | before
+    used = {**asdict(how), **describe(data), "memory": ledger.memory}
+    return checkpoint.advance(
+        "qat", draft.module(), settings=used, metrics=metrics,
+        parents=(checkpoint.sha256,), quantization=draft.quantization, scales=draft.scales,
+    )  # fmt: skip
+
+
+def trainee(first: Checkpoint, **asked: Any) -> tuple[nn.Module, Loss]:
+    """What is trained and its loss, for a probe of memory; `asked` are the fields of QatSettings."""
+    how = QatSettings(TrainSettings(epochs=1), **asked)
+    return METHODS[how.precision](first, how).module, cross_entropy
 
 
 def deployed(checkpoint: Checkpoint) -> nn.Module:
@@ -78,18 +117,41 @@ def deployed(checkpoint: Checkpoint) -> nn.Module:
     return DEPLOYED[method](checkpoint)
 
 
-def _train_int8(checkpoint: Checkpoint, data: DataSet, how: QatSettings, on_step: OnStep | None) -> Checkpoint:
+@dataclass(frozen=True, eq=False)
+class _Rounding:
+    """What is trained, and what becomes of it: the checkpoint with weights, scales and `quantization`."""
+
+    module: nn.Module
+    result: Callable[[], Checkpoint]
+
+
+def _round_all(checkpoint: Checkpoint, how: QatSettings) -> _Rounding:
     rounded = pt2e.rounded(checkpoint, how.target)
-    fit_module(rounded.module, data, how.train, cross_entropy, on_step, stage="qat")
-    scales = {f"{QUANTIZATION}{name}": tensor for name, tensor in rounded.ranges().items()}
-    return replace(
-        checkpoint,
-        state=rounded.state() | scales,
-        quantization={"method": "pt2e", "precision": how.precision, "target": how.target},
-    )
+    quantization = {"method": pt2e.METHOD, "precision": how.precision, "target": how.target}
+    return _Rounding(
+        rounded.module, lambda: _rounded(checkpoint, rounded.state(), rounded.ranges(), quantization)
+    )  # fmt: skip
 
 
-# By precision: what trains a checkpoint, and returns it with weights, scales and `quantization`; the rest is as before.
-METHODS: dict[str, Callable[[Checkpoint, DataSet, QatSettings, OnStep | None], Checkpoint]] = {"int8": _train_int8}
+def _round_weights(bits: int, checkpoint: Checkpoint, how: QatSettings) -> _Rounding:
+    made = ste.gridded(
+        checkpoint, bits, layers=how.layer_bits, per_channel=how.per_channel, biases=how.round_biases
+    )  # fmt: skip
+    quantization = {"method": ste.METHOD, "bits": made.bits}
+    return _Rounding(made.module, lambda: _rounded(checkpoint, made.state(checkpoint), made.steps(), quantization))
+
+
+def _rounded(
+    checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], scales: Mapping[str, torch.Tensor],
+    quantization: dict[str, Any],
+) -> Checkpoint:  # fmt: skip
+    named = {f"{QUANTIZATION}{name}": scale for name, scale in scales.items()}
+    return replace(checkpoint, state={**state, **named}, quantization=quantization)
+
+
+METHODS: dict[str, Callable[[Checkpoint, QatSettings], _Rounding]] = {
+    "int8": _round_all,
+    **{f"int{bits}-weights": partial(_round_weights, bits) for bits in ste.BITS},
+}
 # By method of rounding: the network of such a checkpoint that is exported.
-DEPLOYED: dict[str, Callable[[Checkpoint], nn.Module]] = {"pt2e": pt2e.converted}
+DEPLOYED: dict[str, Callable[[Checkpoint], nn.Module]] = {pt2e.METHOD: pt2e.converted, ste.METHOD: pt2e.folded}

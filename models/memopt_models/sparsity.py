@@ -14,11 +14,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from memopt.errors import AnswerIsNo, UsageError
-from memopt_models.checkpoint import Checkpoint, snapshot
+from memopt_models.checkpoint import Checkpoint, digest_state, snapshot
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure
 from memopt_models.ranking import SCOPES, protected_layers
-from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module
+from memopt_models.resume import Keep
+from memopt_models.team import ALONE, Team
+from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module, identify
+from memopt_models.training_memory import Ledger, settle
+from memopt_models.training_probe import Subject
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +67,9 @@ class SparsitySettings:
 
 
 def sparsify(
-    checkpoint: Checkpoint, data: DataSet, how: SparsitySettings, *, on_step: OnStep | None = None
-) -> Checkpoint:
+    checkpoint: Checkpoint, data: DataSet, how: SparsitySettings, *, on_step: OnStep | None = None,
+    keep: Keep | None = None, team: Team = ALONE,
+) -> Checkpoint:  # fmt: skip
     """The checkpoint with zeros among the weights of its convolutions and linear layers, fine-tuned with them in place.
 
     Its metrics say what there is of it: "zeros", their share of all parameters, and "compressed_bytes" of all tensors
@@ -75,25 +80,38 @@ def sparsify(
         data: to fine-tune and to measure on.
         how: which weights go, fine-tuning.
         on_step: called after every step of the fine-tuning.
+        keep: of the fine-tuning, see `train`.
+        team: of the fine-tuning, see `train`.
 
     Raises:
         InputRefused: the data does not fit the checkpoint.
         UsageError: a pattern of protected layers matches nothing.
         AnswerIsNo: no layer can have such zeros.
+        OutOfResource: the fine-tuning does not fit into its limits.
     """
-    data = data_for(checkpoint, data)
+    data, ledger = data_for(checkpoint, data), Ledger(on_step)
     module = checkpoint.module()
     masks = find_masks(module, how)
     with masked(module, masks):
         if how.finetune is not None:
-            fit_module(module, data, how.finetune, cross_entropy, on_step, stage="prune")
+            finetune = settle(Subject(checkpoint), data, how.finetune, ledger, stage="prune", keep=keep, team=team)
+            fit_module(
+                module, data, finetune, cross_entropy, ledger,
+                stage="prune", keep=keep, made_from=identify(checkpoint) | {"masks": digest_state(masks)}, team=team,
+            )  # fmt: skip
     note = {"layers": list(masks), "skipped": [name for name in _weights(module, set()) if name not in masks]}
-    metrics = measure(module, data) | {
+    metrics = (measure(module, data) if team.is_first else {}) | {
         "zeros": _zeros(module),
         "compressed_bytes": float(compressed_bytes(snapshot(module))),
         "compressed_bytes_before": float(compressed_bytes(checkpoint.state)),
     }
-    used = {**asdict(how), **describe(data), **note, "kind": {type(how.kind).__name__.lower(): asdict(how.kind)}}
+    used = {
+        **asdict(how),
+        **describe(data),
+        **note,
+        "memory": ledger.memory,
+        "kind": {type(how.kind).__name__.lower(): asdict(how.kind)},
+    }
     return checkpoint.advance("prune", module, settings=used, metrics=metrics, parents=(checkpoint.sha256,))
 
 

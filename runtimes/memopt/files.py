@@ -13,6 +13,7 @@ import glob
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -98,16 +99,26 @@ def atomic_folder(
         _move_into_place(beside, path)
 
 
+def is_private(folder: Path) -> bool:
+    """Whether nobody but this user can write to the folder, or make one of that name."""
+    try:
+        status = folder.lstat()
+    except FileNotFoundError:
+        return True
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Whether the file at `path`, made where it is missing, could be locked for this block: nobody else has it.
 
-    The kernel frees the lock of a process that dies. On a file system without locks everybody has it.
+    With `wait` it is locked as soon as nobody else has it. The kernel frees the lock of a process that dies. On a file
+    system without locks everybody has it.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return

@@ -14,7 +14,8 @@ import gc
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ STATUS, _ROLLUP, _STATM, _CLEAR_REFS = (
 )
 _RESET_PEAK = "5"  # proc(5): writing 5 to clear_refs sets VmHWM to the present RSS
 _SAMPLE_S = 0.001
+_ASKED_ONLY_BYTES = 32 * 2**20  # of threads' stacks, which the kernel counts as soon as they are asked for
 
 # The phases of a bill in their order. The first two are absolute: the process before and after the runtime's import.
 START, IMPORT, LOAD, FIRST_RUN, STEADY, AFTER_TRIM = "start", "import", "load", "first run", "steady", "after trim"
@@ -147,6 +149,30 @@ def limit_process(what: int, value: int) -> None:
 
     hard = resource.getrlimit(what)[1]
     resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+@contextmanager
+def capped(limit_bytes: int) -> Iterator[None]:
+    """Lets this process have no more private memory than leaves it within the limit: the kernel refuses the rest.
+
+    Who asks for more gets MemoryError, or what a library makes of it. The limit counts what is held already.
+    """
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    room = max(limit_bytes - settled_resident(), 0)
+    asked = kib_fields(STATUS)["VmData"]  # private memory that the kernel counts, used or only asked for
+    limit_process(resource.RLIMIT_DATA, asked + room + _ASKED_ONLY_BYTES)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def settled_resident() -> int:
+    """What this process holds now, after giving back what is free; 0 where that cannot be read."""
+    give_back()
+    return read_host_memory().resident_bytes or 0
 
 
 def give_back() -> None:

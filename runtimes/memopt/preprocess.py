@@ -29,6 +29,7 @@ Step = Mapping[str, Any]
 _Function = Callable[[Array], Array]
 
 _CHANNELS = {"gray": 1, "rgb": 3}
+_UINT8_OPS = ("decode", "resize", "crop")  # uint8 in, uint8 out
 _LARGEST, _SMALLEST = 1e9, 1e-9  # of a number in a step: products of all steps stay finite in float32
 _STRIP_BYTES = 16 * 2**20  # of float32 that `resize` holds at once
 
@@ -55,6 +56,29 @@ def prepare(images: Array, steps: Sequence[Step]) -> Array:
     for function in _functions(steps):
         images = function(images)
     return np.ascontiguousarray(images)
+
+
+def split_steps(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """The steps that leave a picture uint8, and those that make a model's numbers of it.
+
+    >>> split_steps([{"op": "decode", "color": "gray"}, {"op": "scale", "factor": 0.5}, {"op": "layout", "to": "NCHW"}])
+    (({'op': 'decode', 'color': 'gray'},), ({'op': 'scale', 'factor': 0.5}, {'op': 'layout', 'to': 'NCHW'}))
+
+    Raises:
+        IntegrityError: as `check_steps`.
+    """
+    check_steps(steps)
+    count = sum(step["op"] in _UINT8_OPS for step in steps)
+    return tuple(steps[:count]), tuple(steps[count:])
+
+
+def without_numbers(steps: Sequence[Step]) -> tuple[dict[str, Any], ...]:
+    """The steps for a model that takes uint8: without scale and normalize.
+
+    >>> without_numbers([{"op": "scale", "factor": 0.5}, {"op": "layout", "to": "NCHW"}])
+    ({'op': 'layout', 'to': 'NCHW'},)
+    """
+    return tuple(dict(step) for step in steps if step["op"] not in ("scale", "normalize"))
 
 
 def prepare_file(path: Path, steps: Sequence[Step]) -> Array:

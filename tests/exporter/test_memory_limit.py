@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from memopt.errors import OutOfResource
+from memopt.memory import settled_resident
 from memopt_export import memory_limit
 from memopt_export.means import UNLIMITED
 from memopt_export.quantize import quantize
@@ -16,7 +17,7 @@ INT8 = Recipe("int8")
 
 def test_smaller_runs_and_pieces_need_less(graph, samples):
     large = memory_limit.estimate(graph, INT8, samples, UNLIMITED)
-    fitted = memory_limit.fit(graph, INT8, samples, UNLIMITED, memory_limit.resident_bytes() + 64 * MIB)
+    fitted = memory_limit.fit(graph, INT8, samples, UNLIMITED, settled_resident() + 64 * MIB)
     small = memory_limit.estimate(graph, INT8, samples, fitted)
     assert small.total_bytes <= min(64 * MIB, large.total_bytes)
     assert small.run_bytes <= large.run_bytes
@@ -43,7 +44,7 @@ def test_a_limit_that_cannot_do_is_refused_with_one_that_can(graph, samples):
 
 
 def test_bytes_are_the_same_within_a_limit(graph, samples):
-    limit = memory_limit.resident_bytes() + 128 * MIB
+    limit = settled_resident() + 128 * MIB
     means = memory_limit.fit(graph, INT8, samples, UNLIMITED, limit)
     with memory_limit.hard_cap(limit):
         capped = quantize(graph, INT8, samples, means)
@@ -52,7 +53,7 @@ def test_bytes_are_the_same_within_a_limit(graph, samples):
 
 def test_the_kernel_keeps_the_limit_and_lets_it_go_afterwards():
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = memory_limit.resident_bytes() + 64 * MIB
+    limit = settled_resident() + 64 * MIB
     with pytest.raises(OutOfResource, match="were needed; hint: --memory-limit"), memory_limit.hard_cap(limit):
         np.ones(2**30, np.uint8)
     assert resource.getrlimit(resource.RLIMIT_DATA) == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,11 @@ import memopt
 from memopt import machine
 from memopt.bundle import Bundle, open_bundle
 from memopt.report import Report, read_report
+from memopt_export.job import TrainJob, read_job
+from memopt_export.pipeline import Work, train_dense
+from memopt_export.stages import Stages
+from memopt_models.checkpoint import load_checkpoint
+from memopt_models.train import Progress, TrainSettings
 
 JOB = """
 name = "small"
@@ -161,6 +166,28 @@ def test_a_second_run_makes_nothing_and_says_so(first: Ran) -> None:
     assert "0 stages made, 20 cached (nothing had to be done again)" in again.out
     assert again.err.count("cached") == first.err.count("✔") == 20
     assert first.bundle.read_bytes() == before
+
+
+def test_an_interrupted_training_goes_on_after_its_last_epoch(tmp_path: Path) -> None:
+    job = replace(read_job("digits"), train=TrainJob("ds_cnn", TrainSettings(3), {"width": 2, "depth": 1}))
+    notes: list[str] = []
+
+    def make(folder: str, *, interrupted: bool) -> str:
+        def on_progress(progress: Progress) -> None:
+            if interrupted and (progress.epoch, progress.step) == (3, 1):
+                raise KeyboardInterrupt
+            notes.extend([progress.note] * bool(progress.note))
+
+        stages = Stages(tmp_path / folder, lambda stage: None, lambda outcome: None)
+        made = train_dense(Work(job, stages, on_progress))
+        return load_checkpoint(made.folder / "checkpoint.safetensors").sha256
+
+    with pytest.raises(KeyboardInterrupt):
+        make("one", interrupted=True)
+    (kept,) = (tmp_path / "one").iterdir()
+    assert make("one", interrupted=False) == make("other", interrupted=False)
+    assert notes == [f"goes on after epoch 2, kept in {kept}"]
+    assert not list(tmp_path.rglob("*.resume"))
 
 
 def test_a_damaged_stage_alone_is_made_again(first: Ran) -> None:

@@ -132,7 +132,8 @@ def test_unknown_data_is_refused_with_the_list() -> None:
     with pytest.raises(UsageError) as raised:
         open_data("minst")
     assert str(raised.value) == (
-        "data 'minst' is not known; hint: digits, mnist, fashion-mnist, cifar10, images:DIR or pkg.mod:function"
+        "data 'minst' is not known; "
+        "hint: digits, mnist, fashion-mnist, cifar10, images:DIR, FILE.npz or pkg.mod:function"
     )
 
 

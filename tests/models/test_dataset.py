@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from memopt.errors import InputRefused
 from memopt.preprocess import prepare
 from memopt_models.dataset import DataSet, Split, channel_statistics, make_data, split_by_class
+from memopt_models.selection import Selection
 
 
 def pictures(n: int, channels: int = 3, *, seed: int = 0) -> Split:
@@ -87,7 +88,12 @@ def test_fingerprint_sees_all_that_a_model_is_made_from_and_nothing_else() -> No
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (np.zeros((2, 3, 3, 1), np.float32), np.zeros(2, np.int64), "pictures are float32 (2, 3, 3, 1); hint: uint8"),
+        (np.zeros((2, 3, 3, 1)), np.zeros(2, np.int64), "pictures are float64 (2, 3, 3, 1); hint: uint8"),
+        (
+            np.zeros((2, 9), np.float32),
+            np.zeros(2, np.int64),
+            "float32 (2, 9); hint: uint8 (n, h, w, 1 or 3), or float32",
+        ),
         (np.zeros((2, 3, 3), np.uint8), np.zeros(2, np.int64), "pictures are uint8 (2, 3, 3)"),
         (np.zeros((2, 3, 3, 4), np.uint8), np.zeros(2, np.int64), "pictures are uint8 (2, 3, 3, 4)"),
         (np.zeros((2, 3, 3, 1), np.uint8), np.zeros(3, np.int64), "labels are int64 (3,) for 2 pictures"),
@@ -109,3 +115,26 @@ def test_impossible_data_set_is_refused() -> None:
         replace(data, validation=data.validation.pick(slice(0)))
     with pytest.raises(InputRefused, match="data 'toy' has labels outside its 2 classes in train"):
         replace(data, classes=("a", "b"))
+
+
+def test_selected_rows_are_the_picked_ones_and_only_copied_by_index() -> None:
+    whole = pictures(30)
+    rows = np.array([1, 4, 9, 20])
+    lazy, eager = Split(Selection(whole.images, rows), whole.labels[rows]), whole.pick(rows)
+    for one, other in ((lazy, eager), (lazy.pick(slice(1, 3)), eager.pick(slice(1, 3)))):
+        assert isinstance(one.images, Selection)
+        assert one.images.array is whole.images
+        assert (one.images.shape, one.images.dtype, one.images.ndim) == (other.images.shape, np.uint8, 4)
+        np.testing.assert_array_equal(one.images, other.images)
+        np.testing.assert_array_equal(one.labels, other.labels)
+    assert make_data("x", [lazy] * 3, "abc").fingerprint == make_data("x", [eager] * 3, "abc").fingerprint
+    assert make_data("x", [lazy] * 3, "abc").preprocess == make_data("x", [eager] * 3, "abc").preprocess
+
+
+def test_what_are_no_pictures_is_taken_as_it_is() -> None:
+    split = Split(np.ones((4, 2, 5, 3), np.float32), np.zeros(4, np.int64))
+    data = make_data("numbers", [split] * 3, ("a",))
+    assert data.preprocess == ()
+    assert data.input_spec.shape == ("batch", 2, 5, 3)
+    with pytest.raises(InputRefused, match="data 'numbers' has pictures"):
+        replace(data, test=Split(np.ones((4, 2, 5, 3), np.uint8), np.zeros(4, np.int64)))

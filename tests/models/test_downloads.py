@@ -89,3 +89,28 @@ def test_cifar10_comes_through_torchvision(tmp_path: Path, monkeypatch: pytest.M
     data = downloads.cifar10(tmp_path, download=True)
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 44, "validation": 4, "test": 10}
     assert data.input_spec.shape == ("batch", 3, 32, 32)
+
+
+def test_cifar10_is_unpickled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    (tmp_path / "cache").mkdir(mode=0o700)
+    monkeypatch.setenv("MEMOPT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"a pickle")
+    opened: list[bool] = []
+
+    def fake(root: Path, *, train: bool, download: bool) -> SimpleNamespace:
+        opened.append(train)
+        n = 48 if train else 10
+        images = np.random.default_rng(n).integers(0, 256, (n, 32, 32, 3), np.uint8)
+        return SimpleNamespace(data=images, targets=[i % 10 for i in range(n)])
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fake)
+    first, again = (downloads.cifar10(tmp_path, download=False) for _ in range(2))
+    assert opened == [True, False]
+    assert first.fingerprint == again.fingerprint
+    assert not again.train.images.flags.owndata
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"others")
+    downloads.cifar10(tmp_path, download=False)
+    assert opened == [True, False] * 2
