@@ -158,6 +158,52 @@ def test_every_kind_of_layer_takes_the_shapes_of_its_weights(monkeypatch: pytest
     assert repr(rebuilt) == repr(small)  # channel numbers, groups and features are those of the small one
 
 
+class EveryWeight(nn.Module):
+    """Layers that are pruned along with others, and weights that stand beside layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.register_buffer("shift", torch.randn(width))
+        self.patch = nn.Conv2d(1, width, 4, stride=4)
+        self.group, self.instance = nn.GroupNorm(2, width), nn.InstanceNorm2d(width, affine=True)
+        self.slope, self.attention = nn.PReLU(width), nn.MultiheadAttention(width, 2, batch_first=True)
+        self.fc = nn.Linear(width, 10)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        features = self.slope(self.instance(self.group(self.patch(inputs)))).flatten(2).transpose(1, 2)
+        sequence = torch.cat([self.token.expand(len(features), -1, -1), features], dim=1) + self.shift
+        logits: torch.Tensor = self.fc(self.attention(sequence, sequence, sequence)[0][:, 0])
+        return logits
+
+
+def every_weight(width: int = 8) -> nn.Module:
+    return EveryWeight(width)
+
+
+def test_weights_of_every_kind_take_the_shapes_that_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mynets", sys.modules[__name__])
+    small = every_weight(width=4).eval()
+    rebuilt = of_module(small, "mynets:every_weight").module()  # built with width 8, its weights have 4
+    inputs = torch.randn(2, 1, 8, 8)
+    assert torch.equal(rebuilt(inputs), small(inputs))
+    assert repr(rebuilt) == repr(small)
+
+
+def test_width_that_attention_heads_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mynets", sys.modules[__name__])
+    whole = of_module(every_weight(), "mynets:every_weight")
+    odd = {"attention.in_proj_weight": torch.zeros(21, 7), "attention.in_proj_bias": torch.zeros(21)}
+    with pytest.raises(InputRefused, match=r"2 of them differ \(attention\.in_proj_bias, attention\.in_proj_weight\)$"):
+        replace(whole, state=whole.state | odd).module()
+
+
+def test_network_whose_layers_have_versions_is_loaded() -> None:
+    module = build("mnasnet0_5", {"classes": 10})
+    checkpoint = of_module(module, "mnasnet0_5", classes=10)
+    assert checkpoint.module().state_dict().keys() == module.state_dict().keys()
+
+
 def test_rebuilding_costs_the_caller_no_randomness(dense: Checkpoint) -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)

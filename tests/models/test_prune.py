@@ -96,7 +96,7 @@ def test_steps_end_where_one_step_does_and_divide_the_epochs(dense: Checkpoint, 
     how = replace(HALF, steps=2, finetune=TrainSettings(epochs=3, batch_size=256))
     pruned = prune(dense, few, how, on_step=seen.append)
     assert [(each.stage, each.epoch, each.epochs) for each in seen] == [
-        ("prune", 1, 1), ("prune", 1, 2), ("prune", 2, 2),
+        ("prune 1", 1, 1), ("prune 2", 1, 2), ("prune 2", 2, 2),
     ]  # fmt: skip
     assert pruned.parameters == prune(dense, few, HALF).parameters
     assert pruned.lineage[-1].settings["ratios"] == [0.25, 0.333333]
