@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +37,9 @@ class _Machine:
 
 
 def _search(machine: _Machine, batch: int, limit: int, *, held: int = 0) -> _Search:
-    limits = {"max_device_memory_bytes" if machine.device else "max_memory_bytes": limit * MIB}
+    limits: dict[str, Any] = {"max_memory_bytes": limit * MIB}
+    if machine.device:
+        limits = {"max_device_memory_bytes": limit * MIB, "device": "cuda"}
     how = TrainSettings(epochs=1, batch_size=batch, accumulate=1, **limits)
     return _Search(how, held * MIB, machine, lambda text: None, Ledger())
 
