@@ -113,21 +113,22 @@ for _command in training_cli.COMMANDS:
     "--views", type=int, default=1, show_default=True,
     help="Places that pictures are seen from, 1, 4 or 9; outputs are the mean. Takes as many times the time.",
 )  # fmt: skip
+@click.option("--uint8-input", "uint8", is_flag=True, help="Take pictures as they are; normalize inside.")
 @output_option
 @data_root_option
 @force_option
 @as_json_option
 def export(
     checkpoint: str, network: str | None, data: str | None, samples: int, program: Path | None, compact: bool,
-    views: int, output: Path, data_root: Path | None, force: bool, as_json: bool,
+    views: int, uint8: bool, output: Path, data_root: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Bring CHECKPOINT, or the module that pkg.mod:factory makes, to ONNX, and prove parity with torch."""
     from memopt_export import commands, console
 
     saved = commands.export(
         checkpoint, data, output,
-        network=network, samples=samples, program=program, compact=compact, views=views, data_root=data_root,
-        force=force,
+        network=network, samples=samples, program=program, compact=compact, views=views, uint8=uint8,
+        data_root=data_root, force=force,
     )  # fmt: skip
     console.show(saved, as_json=as_json)
 

@@ -252,6 +252,7 @@ def _draw_checkpoint(console: Console, saved: SavedCheckpoint) -> None:
     facts: dict[str, object] = {
         "saved": f"{saved.path} ({show_size(saved.size_bytes)})",
         "network": f"{saved.network}, {saved.parameters} parameters",
+        "began fresh": ", ".join(saved.fresh) or None,
     }
     shares = {name: f"{100 * value:.2f}%" for name, value in saved.metrics.items() if "top1" in name}
     if saved.pruned is not None:

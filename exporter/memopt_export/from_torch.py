@@ -116,7 +116,7 @@ def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False, vie
     if method == pt2e.METHOD:
         with quiet():
             program = pt2e.without_torchao(program)
-    return Exported(graph, parity, _serialize(program, graph))
+    return Exported(graph, parity, serialize(program, graph))
 
 
 def draft(checkpoint: Checkpoint) -> Graph:
@@ -164,7 +164,7 @@ def _to_graph(program: torch.export.ExportedProgram, example: torch.Tensor, chec
     )
     if converted is None:
         raise InputRefused(f"torch.onnx could not convert {checkpoint.network}")
-    return Graph(converted.model_proto, checkpoint.sha256)
+    return Graph(converted.model_proto, checkpoint.sha256, preprocess=checkpoint.preprocess)
 
 
 def _pool(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -195,7 +195,7 @@ _ROUNDED: dict[str, Callable[[Graph, Checkpoint, torch.nn.Module], Graph]] = {
 }
 
 
-def _serialize(program: torch.export.ExportedProgram, graph: Graph) -> bytes:
+def serialize(program: torch.export.ExportedProgram, graph: Graph) -> bytes:
     """The `.pt2` archive, without example inputs, with the names that `memopt.torch_runtime` reads."""
     import torch
 

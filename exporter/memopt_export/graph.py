@@ -20,7 +20,8 @@ from memopt.archive import PAGE
 from memopt.errors import InputRefused, IntegrityError, OutOfResource, first_line
 from memopt.files import atomic_file, refuse_to_overwrite, write_atomically
 from memopt.ort_runtime import library_errors
-from memopt.strict_json import from_json
+from memopt.preprocess import check_steps
+from memopt.strict_json import from_json, from_plain
 from memopt.tensors import DTYPE_BITS, Array, TensorSpec, nbytes
 from memopt_export.bodies import bodies, captured, inner_nodes
 from memopt_export.provenance import Provenance, from_card, to_card
@@ -49,6 +50,7 @@ class Graph:
     precision: str = "fp32"
     quantization: Provenance | None = None  # what quantized it, where that is known
     has_card: bool = True  # whether the file says the above; it takes some 130 bytes
+    preprocess: tuple[dict[str, Any], ...] | None = None  # steps that make its input of a picture, where known
 
     @cached_property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -83,6 +85,7 @@ class Graph:
 
     def _card(self) -> dict[str, Any]:
         card: dict[str, Any] = {"precision": self.precision, "weights": self.weights_sha256}
+        card |= {} if self.preprocess is None else {"preprocess": list(self.preprocess)}
         return card if self.quantization is None else card | {"quantization": to_card(self.quantization)}
 
     @property
@@ -156,7 +159,7 @@ def read_graph(model: onnx.ModelProto, folder: Path) -> Graph:
     free_negative_dims(model)
     card = _read_card(model)
     weights, precision = card.weights or _digest_of_tensors(model), card.precision or _guess_precision(model)
-    graph = Graph(model, weights, precision, from_card(card.quantization))
+    graph = Graph(model, weights, precision, from_card(card.quantization), preprocess=_read_steps(card.preprocess))
     _ = graph.inputs, graph.outputs  # refused here, when they are none that we know
     return graph
 
@@ -425,6 +428,7 @@ class _Card:
     weights: str | None = None
     precision: str | None = None
     quantization: Any = None  # a part of its own: one that cannot be read takes nothing else with it
+    preprocess: Any = None  # the same
 
 
 def _read_card(model: onnx.ModelProto) -> _Card:
@@ -434,6 +438,16 @@ def _read_card(model: onnx.ModelProto) -> _Card:
         return from_json(_Card, text.encode(), where=METADATA_KEY)
     except IntegrityError:
         return _Card()
+
+
+def _read_steps(plain: Any) -> tuple[dict[str, Any], ...] | None:
+    """The steps in a card; None for what are none."""
+    try:
+        steps = None if plain is None else from_plain(tuple[dict[str, Any], ...], plain, where=METADATA_KEY)
+        check_steps(steps or ())
+    except IntegrityError:
+        return None
+    return steps
 
 
 def _digest_of_tensors(model: onnx.ModelProto) -> str:

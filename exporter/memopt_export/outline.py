@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from memopt_export.bodies import captured, subgraphs
@@ -27,6 +27,7 @@ class _Window:
     stop: int
     body: onnx.FunctionProto  # the same for windows that do the same
     inputs: tuple[str, ...]
+    numbers: tuple[int, ...]  # what the body's own attributes are here
     output: str
     size_bytes: int  # of its nodes
 
@@ -95,7 +96,10 @@ def _windows(model: onnx.ModelProto) -> Iterator[_Window]:
             written = [name for node in nodes[start:stop] for name in node.output if name]
             left = [name for name in written if readers.get(name, set()) - inside]
             if len(left) == 1 and left[0] == nodes[stop - 1].output[0]:
-                yield _window(model, nodes[start:stop], start, left[0])
+                plain = _window(model, nodes[start:stop], start, left[0])
+                yield plain
+                if any(_is_number(attribute) for node in nodes[start:stop] for attribute in node.attribute):
+                    yield _with_numbers_outside(plain)
 
 
 def _window(model: onnx.ModelProto, nodes: list[onnx.NodeProto], start: int, output: str) -> _Window:
@@ -115,7 +119,27 @@ def _window(model: onnx.ModelProto, nodes: list[onnx.NodeProto], start: int, out
     version = max(entry.version for entry in model.opset_import if entry.domain in OWN)
     body.opset_import.append(helper.make_opsetid("", version))
     size = sum(_field_bytes(node.ByteSize()) for node in nodes)
-    return _Window(start, start + len(nodes), body, inputs, output, size)
+    return _Window(start, start + len(nodes), body, inputs, (), output, size)
+
+
+def _with_numbers_outside(window: _Window) -> _Window:
+    """The same window, whose body is told its numbers by each call: groups of channels, say, may differ."""
+    from onnx import AttributeProto, FunctionProto
+
+    body = FunctionProto()
+    body.CopyFrom(window.body)
+    told = [each for node in body.node for each in node.attribute if _is_number(each)]
+    numbers = tuple(each.i for each in told)
+    for name, each in zip(string.ascii_lowercase, told, strict=False):
+        each.CopyFrom(AttributeProto(name=each.name, type=each.type, ref_attr_name=name))
+        body.attribute.append(name)
+    return replace(window, body=body, numbers=numbers)
+
+
+def _is_number(attribute: onnx.AttributeProto) -> bool:
+    from onnx import AttributeProto
+
+    return attribute.type == AttributeProto.INT
 
 
 def _call(model: onnx.ModelProto, windows: list[_Window], name: str) -> None:
@@ -138,9 +162,12 @@ def _call(model: onnx.ModelProto, windows: list[_Window], name: str) -> None:
 
 
 def _call_of(window: _Window, name: str) -> onnx.NodeProto:
-    from onnx import NodeProto
+    from onnx import AttributeProto, NodeProto
 
-    return NodeProto(op_type=name, domain=DOMAIN, input=window.inputs, output=[window.output])
+    call = NodeProto(op_type=name, domain=DOMAIN, input=window.inputs, output=[window.output])
+    for attribute, number in zip(window.body.attribute, window.numbers, strict=True):
+        call.attribute.append(AttributeProto(name=attribute, type=AttributeProto.INT, i=number))
+    return call
 
 
 def _field_bytes(length: int) -> int:

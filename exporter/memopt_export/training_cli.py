@@ -154,23 +154,36 @@ _FLOATS = (
 @training_data_option
 @_training
 @_surviving
+@click.option("--classes", type=click.IntRange(min=1), help="Outputs of the network; refused if the data has others.")
+@click.option("--in-channels", type=click.IntRange(min=1), help="Of the input; refused if the data has others.")
 @click.option("--start", type=click.Path(path_type=Path), help="Checkpoint to go on from.")
+@click.option(
+    "--weights",
+    metavar="FILE|imagenet",
+    help="Weights to start from: a state dict (.safetensors, or torch.save's), or torchvision's.",
+)
 @output_option
 @data_root_option
 @force_option
 @as_json_option
 def train(
-    network: str, settings: Sequence[str], data: str, start: Path | None, output: Path, data_root: Path | None,
+    network: str, settings: Sequence[str], data: str, classes: int | None, in_channels: int | None,
+    start: Path | None, weights: str | None, output: Path, data_root: Path | None,
     force: bool, as_json: bool, restart: bool, nproc: int, parallel: str, **how: Any,
 ) -> None:  # fmt: skip
-    """Train a dense checkpoint, or fine-tune one."""
+    """Train a dense checkpoint, or fine-tune one.
+
+    Weights for another number of classes lose their last layer, for another number of channels the first convolution is
+    averaged; both are said.
+    """
     from memopt_export import console, training_commands
     from memopt_models.train import TrainSettings
 
     with _means(output, restart=restart, nproc=nproc, parallel=parallel) as means:
         saved = training_commands.train(
             network, read_settings(settings), data, TrainSettings(**how), output,
-            start=start, data_root=data_root, force=force, means=means,
+            origin=training_commands.Origin(start, weights, classes, in_channels),
+            data_root=data_root, force=force, means=means,
         )  # fmt: skip
     if saved is not None:
         console.show(saved, as_json=as_json)

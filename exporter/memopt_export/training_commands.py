@@ -43,6 +43,7 @@ class SavedCheckpoint:
     sha256: str
     metrics: dict[str, float]
     pruned: Pruned | None = None  # where that is what was done
+    fresh: tuple[str, ...] = ()  # weights that those it started from did not have, or had for other channels
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,47 @@ class Pruned:
     parts: tuple[Shrunk, ...]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a training starts from, and what is expected of its data."""
+
+    start: Path | None = None  # a checkpoint
+    weights: str | None = None  # "imagenet", or a file
+    classes: int | None = None
+    in_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.start is not None and self.weights is not None:
+            raise UsageError("--start brings weights of its own", hint="either --start or --weights")
+
+    def expected(self, data: DataSet) -> dict[str, int]:
+        """Settings of the network that were said; UsageError where the data has others."""
+        shape = data.input_spec.at_batch(1)
+        has = {"classes": len(data.classes), "in_channels": shape[1]}
+        for name, what in (("classes", "classes"), ("in_channels", "channels")):
+            said = getattr(self, name)
+            if said not in (None, has[name]):
+                option = f"--{name.replace('_', '-')} {has[name]}"
+                raise UsageError(f"data {data.name!r} has {has[name]} {what}, not {said}", hint=option)
+        return {name: has[name] for name in has if getattr(self, name) is not None}
+
+
 def train(
     network: str, settings: Mapping[str, Any], data: str, how: TrainSettings, output: Path, *,
-    start: Path | None = None, data_root: Path | None = None, force: bool = False, means: Means,
+    origin: Origin, data_root: Path | None = None, force: bool = False, means: Means,
 ) -> SavedCheckpoint | None:  # fmt: skip
     """A trained checkpoint."""
     from memopt_models import train as training
     from memopt_models.checkpoint import load_checkpoint
+    from memopt_models.weights import begin_with
 
     refuse_to_overwrite(output, force=force)
-    begin = load_checkpoint(start, network=network) if start is not None else None
-    made = training.train(network, settings, _open_data(data, data_root, means), how, start=begin, **vars(means))
+    begin = load_checkpoint(origin.start, network=network) if origin.start is not None else None
+    opened = _open_data(data, data_root, means)
+    settings = {**settings, **origin.expected(opened)}
+    if origin.weights is not None:
+        begin = begin_with(origin.weights, network, settings, opened, how)
+    made = training.train(network, settings, opened, how, start=begin, **vars(means))
     return _save_checkpoint(made, output, force, means)
 
 
@@ -167,6 +198,7 @@ def _open_data(spec: str, root: Path | None, means: Means) -> DataSet:
 def _save_checkpoint(checkpoint: Checkpoint, output: Path, force: bool, means: Means) -> SavedCheckpoint | None:
     """What was written; None where another process of the team has done that."""
     from memopt_models.checkpoint import save_checkpoint
+    from memopt_models.weights import fresh_weights
 
     if not means.team.is_first:
         return None
@@ -174,5 +206,5 @@ def _save_checkpoint(checkpoint: Checkpoint, output: Path, force: bool, means: M
     means.keep.forget()
     return SavedCheckpoint(
         str(output), checkpoint.network, checkpoint.parameters, output.stat().st_size, checkpoint.sha256,
-        checkpoint.metrics,
+        checkpoint.metrics, fresh=fresh_weights(checkpoint),
     )  # fmt: skip

@@ -20,7 +20,7 @@ ONE = TrainSettings(epochs=1, learning_rate=1e-3)
 @pytest.fixture(scope="module")
 def normed(few: DataSet) -> Checkpoint:
     """With BatchNorm layers that have seen data."""
-    return train("tiny_cnn", {"width": 4, "depth": 2}, few, TrainSettings(epochs=2, learning_rate=1e-2))
+    return train("tiny_cnn", {"channels": [4, 4, 4]}, few, TrainSettings(epochs=2, learning_rate=1e-2))
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_network_without_weights_to_round_is_refused(dense: Checkpoint, few: Dat
 
 
 def test_tiny_blocks_are_alike_and_pooling_stands_in_their_middle() -> None:
-    module = build("tiny_cnn", {"width": 6, "depth": 3})
+    module = build("tiny_cnn", {"channels": [6, 6, 6, 6]})
     assert [name for name, _ in module.named_children()] == [
         "stem", "block1", "block2", "pool", "block3", "mean", "flatten", "fc",
     ]  # fmt: skip
