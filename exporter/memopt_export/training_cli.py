@@ -47,14 +47,14 @@ class NumberOrAuto(click.ParamType[int]):
 
 def _training(command: Command) -> Command:
     """The options of everything that trains floats."""
-    for option in (*_LEARNING, *_MEMORY, *_FLOATS, seed_option):
+    for option in reversed((*_LEARNING, seed_option, *_MEMORY, *_FLOATS)):  # put on last, shown first
         command = option(command)
     return command
 
 
 def _rounded_training(command: Command) -> Command:
     """Those of what trains a traced network, in float32 only: it has no blocks any more."""
-    for option in (*_LEARNING, *_MEMORY, seed_option):
+    for option in reversed((*_LEARNING, seed_option, *_MEMORY)):  # the last one put on stands first in the help
         command = option(command)
     return command
 
@@ -121,7 +121,7 @@ _MEMORY = (
     click.option("--channels-last", is_flag=True, help="Tensors lie channels last in memory."),
     click.option(
         "--max-memory", "max_memory_bytes", type=Size(), metavar="SIZE",
-        help="What this process may hold, torch's 600 MiB or so included; kept.",
+        help="What this process may hold, torch's 700 MiB or so included; kept.",
     ),
     click.option(
         "--max-device-memory", "max_device_memory_bytes", type=Size(), metavar="SIZE",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from memopt.errors import OutOfResource, first_line
-from memopt.memory import capped
+from memopt.memory import capped, return_blocks_from
 from memopt.sizes import show_size
 
 if TYPE_CHECKING:
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 
 # What RuntimeErrors say of a refused allocation: torch's allocator, C++'s, oneDNN's.
 _PHRASES = ("can't allocate memory", "bad_alloc", "could not create a memory object", "out of memory")
-_M_MMAP_THRESHOLD, _AT_ONCE_BYTES, _LATER_BYTES = -3, 2**20, 32 * 2**20  # mallopt(3); the last is its highest by itself
+_AT_ONCE_BYTES, _LATER_BYTES = 2**20, 32 * 2**20  # the second is where glibc ends by itself
 
 
 @contextmanager
@@ -35,7 +33,7 @@ def limited(device: torch.device, *, host_bytes: int | None, device_bytes: int |
     with ExitStack() as stack:
         if host_bytes is not None:
             release_at_once()
-            stack.callback(_release_later)
+            stack.callback(return_blocks_from, _LATER_BYTES)
             stack.enter_context(capped(host_bytes))
         if device_bytes is not None and device.type == "cuda":
             stack.enter_context(_device_capped(device, device_bytes))
@@ -75,16 +73,7 @@ def release_at_once() -> None:
     resnet18 (16 pictures of 224x224, Adam), the peak is 727 MiB with holes and 533 MiB without. It costs time, about a
     third there, because the kernel clears the pages each time. Elsewhere than with glibc nothing changes.
     """
-    _set_threshold(_AT_ONCE_BYTES)
-
-
-def _release_later() -> None:
-    _set_threshold(_LATER_BYTES)
-
-
-def _set_threshold(size_bytes: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, size_bytes)
+    return_blocks_from(_AT_ONCE_BYTES)
 
 
 @contextmanager

@@ -180,11 +180,11 @@ class _Pruning:
     def _finetune(self, checkpoint: Checkpoint, epochs: int, stage: str) -> Checkpoint:
         if self.how.finetune is None:
             return checkpoint
-        module = checkpoint.module()
         settings = replace(self.how.finetune, epochs=epochs)
         settings = settle(
             Subject(checkpoint), self.data, settings, self.ledger, stage=stage, keep=self.keep, team=self.team
         )
+        module = checkpoint.module()
         fit_module(
             module, self.data, settings, cross_entropy, self.ledger,
             stage=stage, keep=self.keep, made_from=identify(checkpoint), team=self.team,

@@ -87,6 +87,8 @@ class TrainSettings:
             limit = getattr(self, name)
             if limit is not None and limit < 1:
                 raise UsageError(f"{name} is {limit}, a positive number is needed")
+        if self.max_device_memory_bytes is not None and self.device == "cpu":
+            raise UsageError("max_device_memory_bytes limits a GPU, and device is cpu", hint="--device cuda")
         if self.batch_size and self.accumulate > self.batch_size:
             raise UsageError(
                 f"accumulate is {self.accumulate}, a batch of {self.batch_size} has not so many parts",

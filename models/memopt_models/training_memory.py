@@ -17,7 +17,7 @@ from memopt_models.train import AUTO, OnStep, Progress, TrainSettings
 from memopt_models.training_probe import Peak, Refusal, Subject, measure_peak
 
 MIB = 2**20
-_SLACK_BYTES = 8 * MIB  # what two runs of the same training were seen to differ by
+_SLACK_BYTES = 16 * MIB  # trainings were seen to hold up to 11 MiB more than their probes
 _SURELY = 1.05  # a peak extrapolated beyond this many times the limit is not measured
 
 Measure = Callable[[TrainSettings, int | None], Peak | Refusal]  # settings and the child's cap
@@ -91,7 +91,9 @@ def _measured(subject: Subject, data: DataSet, how: TrainSettings, ledger: Ledge
     def say(text: str) -> None:
         ledger(Progress(stage, 0, how.epochs, 0, 0, math.nan, note=text))
 
-    held = settled_resident() + _unread_bytes(data)
+    def held() -> int:
+        return settled_resident() + _unread_bytes(data)
+
     search = _Search(how, held, lambda tried, cap: measure_peak(subject, tried, cap_bytes=cap), say, ledger)
     chosen = search.run()
     say(search.explain(chosen))
@@ -103,7 +105,7 @@ class _Search:
     """Probes of one training, by the size of a part."""
 
     how: TrainSettings
-    held: int  # bytes of this process before its module is made
+    held: Callable[[], int]  # bytes of this process before its module is made; asked after a probe, which imports
     measure: Measure
     say: Callable[[str], None]
     ledger: Ledger
@@ -154,7 +156,7 @@ class _Search:
         found = self.measure(how, self.how.max_memory_bytes if capped else None)
         if isinstance(found, Refusal) or found.host_bytes is None:
             return found
-        return replace(found, host_bytes=self.held + found.host_bytes + _SLACK_BYTES)
+        return replace(found, host_bytes=self.held() + found.host_bytes + _SLACK_BYTES)
 
     def within(self, peak: Peak, *, times: float = 1.0) -> bool:
         """Whether the peak is at most so many times the limits; what is not known is taken to be."""
@@ -173,7 +175,7 @@ class _Search:
         )
 
     def explain(self, chosen: int) -> str:
-        """What was chosen and why: "micro-batch 4 x 16 = 64: peak 238 MiB of 305 MiB; 8 would need 318 MiB"."""
+        """What was chosen and why: "micro-batch 4 x 16 = 64: peak 246 MiB of 313 MiB; 8 would need 326 MiB"."""
         how, peak = _with_part(self.how, chosen), self.found[chosen]
         assert isinstance(peak, Peak)
         text = f"micro-batch {chosen} x {how.accumulate} = {how.batch_size}: peak {self.show(peak)}"
@@ -207,7 +209,9 @@ class _Search:
             if isinstance(peak, Peak) and self.within(peak):
                 break
         needs = self.show(found) if isinstance(found, Peak) else "more than there is"
-        problem = f"a micro-batch of {size} does not fit: peak {needs}, {show_size(self.held)} of it before the network"
+        problem = (
+            f"a micro-batch of {size} does not fit: peak {needs}, {show_size(self.held())} of it before the network"
+        )
         return OutOfResource(problem, hint=self.hint(least, options))
 
     def hint(self, least: Peak | Refusal, options: str) -> str | None:

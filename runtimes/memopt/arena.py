@@ -16,8 +16,6 @@ this module registers a pool's arena around that.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from memopt.device_arena import DeviceArena
 from memopt.errors import BackendError, UsageError, first_line
+from memopt.memory import return_blocks_from
 from memopt.output_buffers import OutputBuffers
 from memopt.sizes import parse_size
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 SMALLEST_REGION_BYTES, LARGEST_REGION_BYTES = 2**20, 128 * 2**20
 _LARGEST_LIMITED_REGION_BYTES = 2**30
-_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 128 * 2**10  # mallopt(3), and the value glibc starts with
+_MMAP_THRESHOLD_BYTES = 128 * 2**10  # with which glibc starts
 _NEXT_POWER_OF_TWO = 0  # a further region, where one is needed, is twice as large
 _LOCK = threading.RLock()  # around whose arena is registered, and the sessions being opened in it
 
@@ -144,12 +143,7 @@ class _Once:
         self._function = None
 
 
-def _set_mmap_threshold() -> None:
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
-
-
-_malloc_once = _Once(_set_mmap_threshold)
+_malloc_once = _Once(lambda: return_blocks_from(_MMAP_THRESHOLD_BYTES))
 _current: weakref.ref[MemoryPool] | None = None  # whose arena sessions get that are opened now
 
 

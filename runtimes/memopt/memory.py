@@ -28,6 +28,7 @@ STATUS, _ROLLUP, _STATM, _CLEAR_REFS = (
 )
 _RESET_PEAK = "5"  # proc(5): writing 5 to clear_refs sets VmHWM to the present RSS
 _SAMPLE_S = 0.001
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
 _ASKED_ONLY_BYTES = 32 * 2**20  # of threads' stacks, which the kernel counts as soon as they are asked for
 
 # The phases of a bill in their order. The first two are absolute: the process before and after the runtime's import.
@@ -184,6 +185,15 @@ def give_back() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_blocks_from(size_bytes: int) -> None:
+    """From now on glibc gives blocks of this size and more back to the system when they are freed; nothing elsewhere.
+
+    By itself it starts at 128 KiB, and keeps more and more, up to 32 MiB, in a heap full of holes.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, size_bytes)
 
 
 class PeakMeter:

@@ -278,6 +278,10 @@ def test_a_training_that_needs_more_than_its_limit_ends_with_an_error_and_no_cra
         ({"schedule": "never"}, "schedule 'never' is not known; hint: constant, onecycle"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0, 0 or a positive number is needed"),
         ({"max_memory_bytes": 0}, "max_memory_bytes is 0, a positive number is needed"),
+        (
+            {"max_device_memory_bytes": 1},
+            "max_device_memory_bytes limits a GPU, and device is cpu; hint: --device cuda",
+        ),
         ({"checkpointing": "all"}, "checkpointing 'all' is not known; hint: off, blocks"),
         ({"momentum": 1.0}, "momentum is 1.0, it lies between 0 and 1"),
         ({"precision": "fp8"}, "precision 'fp8' is not known; hint: fp32, bf16, fp16"),

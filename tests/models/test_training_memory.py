@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from memopt_models.training_memory import Ledger, _Search, settle
 from memopt_models.training_probe import Peak, Refusal, Subject
 
 MIB = 2**20
-SLACK = 8  # MiB that a search adds to what it measures
+SLACK = 16  # MiB that a search adds to what it measures
 
 
 class _Machine:
@@ -35,9 +37,11 @@ class _Machine:
 
 
 def _search(machine: _Machine, batch: int, limit: int, *, held: int = 0) -> _Search:
-    limits = {"max_device_memory_bytes" if machine.device else "max_memory_bytes": limit * MIB}
+    limits: dict[str, Any] = {"max_memory_bytes": limit * MIB}
+    if machine.device:
+        limits = {"max_device_memory_bytes": limit * MIB, "device": "cuda"}
     how = TrainSettings(epochs=1, batch_size=batch, accumulate=1, **limits)
-    return _Search(how, held * MIB, machine, lambda text: None, Ledger())
+    return _Search(how, lambda: held * MIB, machine, lambda text: None, Ledger())
 
 
 @given(
@@ -67,26 +71,26 @@ def test_a_batch_that_fits_whole_takes_one_probe() -> None:
 
 
 def test_what_was_chosen_is_said_with_the_reason() -> None:
-    search = _search(_Machine(100, 20), 64, 305, held=50)
-    assert search.explain(search.run()) == "micro-batch 4 x 16 = 64: peak 238 MiB of 305 MiB; 8 would need 318 MiB"
+    search = _search(_Machine(100, 20), 64, 313, held=50)
+    assert search.explain(search.run()) == "micro-batch 4 x 16 = 64: peak 246 MiB of 313 MiB; 8 would need 326 MiB"
     assert search.ledger.memory["probes"][0] == {"micro_batch": 64, "refused": "too much"}
-    assert {"micro_batch": 4, "peak_bytes": 238 * MIB} in search.ledger.memory["probes"]
+    assert {"micro_batch": 4, "peak_bytes": 246 * MIB} in search.ledger.memory["probes"]
 
 
 def test_what_is_not_measured_is_said_to_be_about() -> None:
     search = _search(_Machine(100, 100), 64, 620)
     assert (
-        search.explain(search.run()) == "micro-batch 4 x 16 = 64: peak 508 MiB of 620 MiB; 8 would need about 908 MiB"
+        search.explain(search.run()) == "micro-batch 4 x 16 = 64: peak 516 MiB of 620 MiB; 8 would need about 916 MiB"
     )
 
 
 def test_a_whole_batch_is_said_without_what_would_be_larger() -> None:
     search = _search(_Machine(100, 1), 8, 300)
-    assert search.explain(search.run()) == "micro-batch 8 x 1 = 8: peak 116 MiB of 300 MiB"
+    assert search.explain(search.run()) == "micro-batch 8 x 1 = 8: peak 124 MiB of 300 MiB"
 
 
 def test_one_sample_that_is_too_few_for_the_network_is_passed_over() -> None:
-    search = _search(_Machine(100, 20, least=2), 64, 160)
+    search = _search(_Machine(100, 20, least=2), 64, 170)
     assert search.run() == 2
 
 
@@ -94,14 +98,14 @@ def test_a_limit_that_cannot_do_is_refused_with_the_setting_that_can() -> None:
     with pytest.raises(OutOfResource) as raised:
         _search(_Machine(100, 100), 64, 230, held=50).run()
     assert str(raised.value) == (
-        "a micro-batch of 1 does not fit: peak 258 MiB of 230 MiB, 50.0 MiB of it before the network; "
+        "a micro-batch of 1 does not fit: peak 266 MiB of 230 MiB, 50.0 MiB of it before the network; "
         "hint: --checkpointing blocks"
     )
     assert raised.value.exit_code == 6
 
 
 def test_a_limit_that_nothing_can_keep_is_refused_with_the_least_that_works() -> None:
-    with pytest.raises(OutOfResource, match="hint: --checkpointing blocks --max-memory 208MiB"):
+    with pytest.raises(OutOfResource, match="hint: --checkpointing blocks --max-memory 216MiB"):
         _search(_Machine(100, 100), 64, 100, held=50).run()
     with pytest.raises(OutOfResource, match="hint: --checkpointing blocks --max-device-memory 150MiB"):
         _search(_Machine(100, 100, device=True), 64, 100, held=50).run()
@@ -125,7 +129,8 @@ def test_a_lineage_tells_the_peak_of_each_epoch(dense: Checkpoint) -> None:
 def test_a_training_with_a_limit_chooses_says_and_keeps_it(few: DataSet) -> None:
     """Measured for real: a layer of 1568 x 6000 numbers is held four times, and parts hardly count."""
     seen: list[Progress] = []
-    limit = settled_resident() + 500 * MIB
+    held = settled_resident()
+    limit = held + 500 * MIB
     how = TrainSettings(epochs=1, batch_size=64, accumulate=AUTO, max_memory_bytes=limit)
     made = train("simple_cnn", {"hidden": 6000}, few, how, on_step=seen.append)
     notes = [progress.note for progress in seen if progress.note]
@@ -136,4 +141,4 @@ def test_a_training_with_a_limit_chooses_says_and_keeps_it(few: DataSet) -> None
     (peak,) = stage.settings["memory"]["peak_bytes"]["train"]
     assert stage.settings["accumulate"] == 1
     assert peak <= probe["peak_bytes"] <= limit
-    assert peak > probe["peak_bytes"] - 100 * MIB
+    assert peak > held + 4 * 4 * made.parameters
