@@ -43,7 +43,7 @@ FAST = TrainSettings(
     1, batch_size=256, schedule="onecycle", shift=2, threads=1, precision="bf16", channels_last=True
 )  # fmt: skip
 EPOCHS = 28  # of every network for MNIST, in all
-CHANNELS = (8, 16, 20, 24), (11, 20, 24, 32, 32)  # of the students
+CHANNELS = (8, 12, 16, 24), (8, 16, 22, 28, 30), (16, 24, 32, 48, 64)  # of the students
 RESNET = {"classes": 10, "in_channels": 1}
 
 STYLE = (
