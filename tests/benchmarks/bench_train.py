@@ -231,7 +231,7 @@ def _draw(means: dict[str, dict[str, float]]) -> None:
         for name, mean in means.items()
     ]
     drawn = scatter(
-        points, x_title="bytes of the file", y_title="top-1 on test", show_x=lambda value: f"{value:.0f}",
+        points, x_title="file, kB", y_title="top-1 on test", show_x=lambda value: f"{value / 1000:g}",
         show_y=lambda value: f"{100 * value:.4g}%",
     )  # fmt: skip
     head, _, rest = drawn.partition(">")

@@ -120,6 +120,15 @@ def test_gradients_are_those_of_the_paper() -> None:
     assert float(log_step.grad) == pytest.approx((0 - 0.3) - 8 + 7)
 
 
+def test_bits_go_by_patterns_of_which_the_first_counts(normed: Checkpoint) -> None:
+    layers = {"block1.*": 2, "*.depthwise.conv": 8}
+    bits = ste.gridded(normed, 4, layers=layers, per_channel=False, biases=False).bits
+    assert {name.removesuffix(".weight"): number for name, number in bits.items()} == {
+        "stem.conv": 4, "block1.depthwise.conv": 2, "block1.pointwise.conv": 2, "block2.depthwise.conv": 8,
+        "block2.pointwise.conv": 4, "fc": 4,
+    }  # fmt: skip
+
+
 def test_unknown_layer_is_refused_with_those_there_are(dense: Checkpoint, few: DataSet) -> None:
     with pytest.raises(UsageError, match="no layer 'fc9' has weights to round") as caught:
         train_rounded(dense, few, QatSettings(ONE, precision="int4-weights", layer_bits={"fc9": 8}))
