@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from memopt_export.bodies import captured, subgraphs
-from memopt_export.graph import Graph
+from memopt_export.bodies import bodies, captured, subgraphs
+from memopt_export.graph import FREE_DIMENSION, Graph
+from memopt_export.opset import OWN, opset_of
 from memopt_export.outline import outline
 from memopt_export.simplify import drop_unused_initializers, simplify
 
@@ -32,7 +33,7 @@ def compact(graph: Graph) -> Graph:
     1. All that `simplify` does; and our own entry goes, by which a graph knows the weights it comes from.
     2. Attributes that hold without being said go.
     3. A mean over height and width is a GlobalAveragePool, a Reshape to (batch, rest) a Flatten: neither needs a shape.
-    4. Tensors have names of one letter, nodes and free dimensions none.
+    4. Tensors have names of one letter, nodes and the batch none.
     5. Nodes that come again and again are written once, as a function.
     """
     model = simplify(graph).copy_model()
@@ -73,18 +74,23 @@ def _drop_names(model: onnx.ModelProto) -> None:
     for field in ("producer_name", "producer_version", "domain", "model_version"):
         model.ClearField(field)
     model.graph.name = "g"  # the checker wants one
+    used = {node.domain for body in bodies(model) for node in body.graph.node}
+    for index in reversed(range(len(model.opset_import))):
+        if model.opset_import[index].domain not in used.union(OWN):
+            del model.opset_import[index]
     for node in model.graph.node:
         node.ClearField("name")
     for value in (*model.graph.input, *model.graph.output):
-        for dim in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
-            dim.ClearField("dim_param")
+        for dim in value.type.tensor_type.shape.dim[:1] if value.type.HasField("tensor_type") else ():
+            if dim.dim_param == FREE_DIMENSION:  # which a nameless one is called; others are told apart by their names
+                dim.ClearField("dim_param")
 
 
 def _drop_attributes(model: onnx.ModelProto) -> None:
     """Case 2. Nodes with bodies keep all of theirs."""
     from onnx import defs
 
-    version = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    version = opset_of(model)
     for node in model.graph.node:
         if node.domain or any(subgraphs(node)) or not defs.has(node.op_type, max_inclusive_version=version):
             continue

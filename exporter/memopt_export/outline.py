@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from memopt_export.bodies import captured, subgraphs
 from memopt_export.graph import set_nodes
-from memopt_export.opset import OWN
+from memopt_export.opset import OWN, import_domain, opset_of
 
 if TYPE_CHECKING:
     import onnx
@@ -116,8 +116,7 @@ def _window(model: onnx.ModelProto, nodes: list[onnx.NodeProto], start: int, out
         copy.CopyFrom(node)
         for names in (copy.input, copy.output):
             names[:] = [short.get(name, "") for name in names]
-    version = max(entry.version for entry in model.opset_import if entry.domain in OWN)
-    body.opset_import.append(helper.make_opsetid("", version))
+    body.opset_import.append(helper.make_opsetid("", opset_of(model)))
     size = sum(_field_bytes(node.ByteSize()) for node in nodes)
     return _Window(start, start + len(nodes), body, inputs, (), output, size)
 
@@ -144,8 +143,6 @@ def _is_number(attribute: onnx.AttributeProto) -> bool:
 
 def _call(model: onnx.ModelProto, windows: list[_Window], name: str) -> None:
     """The function, and a call in place of each window. In place."""
-    from onnx import helper
-
     starts = {window.start: window for window in windows}
     nodes: list[onnx.NodeProto] = []
     index = 0
@@ -154,8 +151,7 @@ def _call(model: onnx.ModelProto, windows: list[_Window], name: str) -> None:
         nodes.append(_call_of(window, name) if window is not None else model.graph.node[index])
         index = window.stop if window is not None else index + 1
     set_nodes(model.graph, nodes)
-    if not model.functions:
-        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    import_domain(model, DOMAIN)
     function = model.functions.add()
     function.CopyFrom(windows[0].body)
     function.name = name

@@ -30,7 +30,7 @@ class QatSettings:
     precision: str = "int8"
     target: str = "cpu"  # who computes int8: "cpu" (ONNX Runtime) or "tensorrt"
     # Of weights alone:
-    layer_bits: Mapping[str, int] = field(default_factory=dict)  # other bits by the layer's name; 32: it stays float
+    layer_bits: Mapping[str, int] = field(default_factory=dict)  # other bits by patterns of names; 32: it stays float
     per_channel: bool = False  # a step for each output channel, 4 bytes each, instead of one for the layer
     round_biases: bool = True  # to 8 bits, in steps that the whole network shares
 

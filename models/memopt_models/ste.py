@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -59,12 +60,12 @@ def gridded(
     Args:
         checkpoint: what to train.
         bits: one of BITS.
-        layers: other bits by the layer's name, FLOAT for none.
+        layers: other bits by patterns of layers' names, the first that fits; FLOAT for none.
         per_channel: whether each output channel has a step of its own, rather than the whole layer.
         biases: whether biases are rounded to 8 bits, in steps that the whole network shares.
 
     Raises:
-        UsageError: `layers` names a layer that is not there.
+        UsageError: a pattern of `layers` fits none.
         InputRefused: torch cannot trace the network.
         AnswerIsNo: there is no weight to round.
     """
@@ -138,12 +139,13 @@ def _place(name: str) -> tuple[str, str]:
 def _bits(module: GraphModule, bits: int, layers: Mapping[str, int], *, biases: bool) -> dict[str, int]:
     """How many bits each tensor gets, by name, as the graph comes to it."""
     nodes = {_place(str(node.args[1].target))[0]: node for node in module.graph.nodes if is_layer(node)}
-    for name in layers:
-        if name not in nodes:
-            raise UsageError(f"no layer {name!r} has weights to round", hint=", ".join(nodes))
+    for pattern in layers:
+        if not fnmatch.filter(nodes, pattern):
+            raise UsageError(f"no layer {pattern!r} has weights to round", hint=", ".join(nodes))
     chosen: dict[str, int] = {}
     for name, node in nodes.items():
-        number, bias = layers.get(name, bits), argument(node, 2)
+        number = next((layers[pattern] for pattern in layers if fnmatch.fnmatchcase(name, pattern)), bits)
+        bias = argument(node, 2)
         if number != FLOAT:
             chosen[str(node.args[1].target)] = number
             chosen |= {str(bias.target): _BIAS_BITS} if biases and bias is not None else {}

@@ -43,7 +43,7 @@ FAST = TrainSettings(
     1, batch_size=256, schedule="onecycle", shift=2, threads=1, precision="bf16", channels_last=True
 )  # fmt: skip
 EPOCHS = 28  # of every network for MNIST, in all
-CHANNELS = (8, 16, 20, 24), (11, 20, 24, 32, 32)  # of the students
+CHANNELS = (8, 12, 16, 24), (8, 16, 22, 28, 30), (16, 24, 32, 48, 64)  # of the students
 RESNET = {"classes": 10, "in_channels": 1}
 
 STYLE = (
@@ -231,7 +231,7 @@ def _draw(means: dict[str, dict[str, float]]) -> None:
         for name, mean in means.items()
     ]
     drawn = scatter(
-        points, x_title="bytes of the file", y_title="top-1 on test", show_x=lambda value: f"{value:.0f}",
+        points, x_title="file, kB", y_title="top-1 on test", show_x=lambda value: f"{value / 1000:g}",
         show_y=lambda value: f"{100 * value:.4g}%",
     )  # fmt: skip
     head, _, rest = drawn.partition(">")

@@ -93,7 +93,7 @@ def test_weights_that_are_not_in_the_graph_are_refused(samples):
     checkpoint = rounded("simple_cnn", {"hidden": 16}, 4)
     other = rounded("simple_cnn", {"hidden": 8}, 4)
     graph = export(replace(other, quantization={}, state=snapshot(deployed(other))), samples).graph
-    with pytest.raises(InputRefused, match=r"the graph does not have 'fc1\.weight' as it was trained"):
+    with pytest.raises(InputRefused, match=r"the graph does not have '.*' as it was trained"):
         grids.store_integers(graph, checkpoint, deployed(checkpoint))
 
 

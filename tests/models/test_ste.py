@@ -39,7 +39,7 @@ def test_every_weight_and_bias_stands_on_its_grid(rounded: Checkpoint) -> None:
     bits = rounded.quantization["bits"]
     assert {bits["fc.weight"], bits["stem.conv.weight"], bits["block1.pointwise.conv.weight"]} == {8, 2, 4}
     assert {number for name, number in bits.items() if name.endswith(".bias")} == {8}
-    assert len(bits) == 12
+    assert len(bits) == 11  # the last layer has no bias
     for name, number in bits.items():
         counted = integers(rounded, name)
         assert torch.allclose(counted, counted.round(), atol=1e-4)
@@ -118,6 +118,15 @@ def test_gradients_are_those_of_the_paper() -> None:
     assert weight.grad is not None and log_step.grad is not None
     assert weight.grad.tolist() == [1.0, 0.0, 0.0]
     assert float(log_step.grad) == pytest.approx((0 - 0.3) - 8 + 7)
+
+
+def test_bits_go_by_patterns_of_which_the_first_counts(normed: Checkpoint) -> None:
+    layers = {"block1.*": 2, "*.depthwise.conv": 8}
+    bits = ste.gridded(normed, 4, layers=layers, per_channel=False, biases=False).bits
+    assert {name.removesuffix(".weight"): number for name, number in bits.items()} == {
+        "stem.conv": 4, "block1.depthwise.conv": 2, "block1.pointwise.conv": 2, "block2.depthwise.conv": 8,
+        "block2.pointwise.conv": 4, "fc": 4,
+    }  # fmt: skip
 
 
 def test_unknown_layer_is_refused_with_those_there_are(dense: Checkpoint, few: DataSet) -> None:
