@@ -8,6 +8,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.memopt-setup
 SOURCES := runtimes models exporter
+# TensorRT's Python classes without the library, of the oldest and newest releases that one adapter serves: for tests.
+TRT_RELEASES := tensorrt-cu12-bindings==10.3.0 tensorrt-cu12-bindings==10.16.1.11 tensorrt-cu13-bindings==11.4.0.106
+BINDINGS := $(VENV)/trt-bindings/.done
 
 .DEFAULT_GOAL := help
 .PHONY: help setup export test check lint types pytest fix fuzz bench gpu clean
@@ -24,6 +27,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+$(BINDINGS): $(STAMP) Makefile
+	@for each in $(TRT_RELEASES); do \
+	    $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $(@D)/$${each##*==} "$$each" \
+	    || echo "memopt: note: no $$each for this Python, its test is skipped" >&2; done
+	@touch $@
+
 export: $(STAMP) ## the main job: train, prune, distill, export, quantize, build, pack, compare (RECIPE=digits)
 	@$(BIN)/memopt-export pipeline $(RECIPE)
 
@@ -37,7 +46,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-pytest: $(STAMP)
+pytest: $(STAMP) $(BINDINGS)
 	$(BIN)/pytest
 
 fix: $(STAMP) ## repair what ruff can repair

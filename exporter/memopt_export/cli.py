@@ -26,6 +26,7 @@ from memopt_export.options import (
     Dimension,
     Size,
     as_json_option,
+    compact_option,
     data_root_option,
     external_data_option,
     factory_option,
@@ -107,20 +108,27 @@ for _command in training_cli.COMMANDS:
 @click.option("--data", help=f"Samples that prove parity; default: what it was trained on. {DATA_SPECS}")
 @click.option("--samples", type=click.IntRange(min=2), default=64, show_default=True, help="How many prove parity.")
 @click.option("--program", type=click.Path(path_type=Path), help="Also write torch's exported program, OUT.pt2.")
+@compact_option
+@click.option(
+    "--views", type=int, default=1, show_default=True,
+    help="Places that pictures are seen from, 1, 4 or 9; outputs are the mean. Takes as many times the time.",
+)  # fmt: skip
+@click.option("--uint8-input", "uint8", is_flag=True, help="Take pictures as they are; normalize inside.")
 @output_option
 @data_root_option
 @force_option
 @as_json_option
 def export(
-    checkpoint: str, network: str | None, data: str | None, samples: int, program: Path | None, output: Path,
-    data_root: Path | None, force: bool, as_json: bool,
+    checkpoint: str, network: str | None, data: str | None, samples: int, program: Path | None, compact: bool,
+    views: int, uint8: bool, output: Path, data_root: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Bring CHECKPOINT, or the module that pkg.mod:factory makes, to ONNX, and prove parity with torch."""
     from memopt_export import commands, console
 
     saved = commands.export(
         checkpoint, data, output,
-        network=network, samples=samples, program=program, data_root=data_root, force=force,
+        network=network, samples=samples, program=program, compact=compact, views=views, uint8=uint8,
+        data_root=data_root, force=force,
     )  # fmt: skip
     console.show(saved, as_json=as_json)
 
@@ -128,10 +136,11 @@ def export(
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @external_data_option
+@compact_option
 @output_option
 @force_option
 @as_json_option
-def simplify(model: Path, external_data: bool, output: Path, force: bool, as_json: bool) -> None:
+def simplify(model: Path, external_data: bool, compact: bool, output: Path, force: bool, as_json: bool) -> None:
     """Store MODEL, an .onnx file, without what it does not need; it computes the same.
 
     Notes of the exporter, repeated and unread weights, Constant and Identity nodes go; BatchNorms are folded into
@@ -139,7 +148,8 @@ def simplify(model: Path, external_data: bool, output: Path, force: bool, as_jso
     """
     from memopt_export import commands, console
 
-    console.show(commands.simplify(model, output, external=external_data, force=force), as_json=as_json)
+    saved = commands.simplify(model, output, external=external_data, compact=compact, force=force)
+    console.show(saved, as_json=as_json)
 
 
 @cli.command()
@@ -178,14 +188,18 @@ def quantize(model: Path, output: Path, strict: bool, as_json: bool, **asked: An
     help="A profile: one batch, or MIN,OPT,MAX; may be given several times.",
 )  # fmt: skip
 @click.option(
+    "--weight-streaming", is_flag=True,
+    help="Weights may stay in host memory and come to the GPU layer by layer: profile minimum does so, slower.",
+)  # fmt: skip
+@click.option(
     "--timeout", "timeout_s", type=float, default=600.0, show_default=True, help="Seconds the build may take."
 )
 @output_option
 @force_option
 @as_json_option
 def engine(
-    model: Path, flavor: str, target: str, batches: Sequence[tuple[int, ...]], timeout_s: float, output: Path,
-    force: bool, as_json: bool,
+    model: Path, flavor: str, target: str, batches: Sequence[tuple[int, ...]], weight_streaming: bool,
+    timeout_s: float, output: Path, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Build a TensorRT engine from MODEL, an .onnx file; writes OUT.engine and OUT.engine.json."""
     from memopt_export import commands, console
@@ -193,7 +207,7 @@ def engine(
     profiles = [_profile(batch) for batch in batches]
     saved = commands.engine(
         model, flavor, [name.strip() for name in target.split(",")], profiles, output,
-        force=force, timeout_s=timeout_s,
+        weight_streaming=weight_streaming, force=force, timeout_s=timeout_s,
     )  # fmt: skip
     console.show(saved, as_json=as_json)
     if saved.path is None:

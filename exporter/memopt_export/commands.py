@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -68,6 +68,7 @@ class SavedGraph:
     sha256: str
     weights_sha256: str
     parity: Parity
+    precision: str = "fp32"  # of its weights and activations
     program: str | None = None
 
 
@@ -352,10 +353,11 @@ class Diagnosis:
 
 def export(
     source: str, data: str | None, output: Path, *, samples: int, network: str | None = None,
-    program: Path | None = None, data_root: Path | None = None, force: bool = False,
+    program: Path | None = None, compact: bool = False, views: int = 1, uint8: bool = False,
+    data_root: Path | None = None, force: bool = False,
 ) -> SavedGraph:  # fmt: skip
-    """A checkpoint, or the module that `pkg.mod:factory` makes, as ONNX."""
-    from memopt_export import from_torch
+    """A checkpoint, or the module that `pkg.mod:factory` makes, as ONNX; with `uint8` its input are pictures."""
+    from memopt_export import from_torch, uint8_input
     from memopt_export.graph import save_graph
     from memopt_models.data import open_samples
 
@@ -363,19 +365,27 @@ def export(
         refuse_to_overwrite(path, force=force)
     checkpoint = _checkpoint_of(source, network, data, data_root)
     spec = data or _data_of(checkpoint)
-    found = open_samples(spec, split="validation", inputs=checkpoint.inputs, root=data_root, at_most=samples)
-    exported = from_torch.export(checkpoint, found.feeds[checkpoint.inputs[0].name])
+    found = partial(open_samples, spec, split="validation", root=data_root, at_most=samples)
+    floats = found(inputs=checkpoint.inputs, preprocess=checkpoint.preprocess).feeds[checkpoint.inputs[0].name]
+    exported = from_torch.export(checkpoint, floats, compact=compact and not uint8, views=views)
+    if uint8:
+        wanted = uint8_input.take_pictures(exported.graph)
+        pictures = found(inputs=wanted.inputs, preprocess=wanted.preprocess).feeds[wanted.inputs[0].name]
+        exported = uint8_input.with_uint8_input(exported, pictures, floats, compact=compact)
     save_graph(exported.graph, output, force=force)
     if program is not None:
         write_atomically(program, exported.program, force=force)
     return SavedGraph(
         str(output), output.stat().st_size, exported.graph.sha256, exported.graph.weights_sha256, exported.parity,
-        str(program) if program else None,
+        exported.graph.precision, str(program) if program else None,
     )  # fmt: skip
 
 
-def simplify(model: Path, output: Path, *, external: bool = False, force: bool = False) -> SavedSimple:
+def simplify(
+    model: Path, output: Path, *, external: bool = False, compact: bool = False, force: bool = False
+) -> SavedSimple:
     """The same function in a file without what it does not need."""
+    from memopt_export import compact as compacting
     from memopt_export import simplify as simplifying
     from memopt_export.graph import load_graph, save_graph
 
@@ -383,7 +393,7 @@ def simplify(model: Path, output: Path, *, external: bool = False, force: bool =
     _refuse_own_input(output, [model])
     graph = load_graph(model)
     before = sum(file.stat().st_size for file in (model, model.with_name(model.name + ".data")) if file.is_file())
-    done = simplifying.simplify(graph)
+    done = compacting.compact(graph) if compact else simplifying.simplify(graph)
     save_graph(done, output, force=force, external=external)
     size = sum(file.stat().st_size for file in (output, output.with_name(output.name + ".data")) if file.is_file())
     return SavedSimple(
@@ -410,12 +420,15 @@ def quantize(
     asked = _recipe_file(request)
     graph, calibration, judged = load_graph(model), None, None
     if asked.data is not None:
-        given = partial(stream_samples, asked.data, inputs=graph.inputs, root=request.data_root)
+        given = partial(
+            stream_samples, asked.data, inputs=graph.inputs, preprocess=graph.preprocess, root=request.data_root
+        )
         calibration = given(split="train", at_most=asked.samples, seed=asked.seed)
         judged = open_samples(
             asked.data,
             split="validation",
             inputs=graph.inputs,
+            preprocess=graph.preprocess,
             root=request.data_root,
             at_most=max(_JUDGED_SAMPLES, graph.fixed_batch or 0),
         )
@@ -453,14 +466,14 @@ def quantize(
 
 def engine(
     model: Path, flavor: str, targets: Sequence[str], batches: Sequence[tuple[int, int, int]], output: Path, *,
-    force: bool = False, timeout_s: float = 600.0,
+    weight_streaming: bool = False, force: bool = False, timeout_s: float = 600.0,
 ) -> SavedEngine:  # fmt: skip
     """A TensorRT engine with its sidecar, for the targets that can take the graph; the others with their reasons."""
     from memopt_export.graph import load_graph
     from memopt_export.tensorrt_engine import EngineSettings, build, save_engine, split_targets
 
     refuse_to_overwrite(output, force=force)
-    how = EngineSettings(flavor, tuple(targets), tuple(batches))
+    how = EngineSettings(flavor, tuple(targets), tuple(batches), weight_streaming)
     accepted, refused = split_targets(load_graph(model).model, how.targets, flavor=how.flavor)
     if not accepted:
         return SavedEngine(None, 0, None, refused)
@@ -582,10 +595,11 @@ def compare_files(paths: Sequence[Path], request: CompareRequest, listener: List
         _refuse_own_input(request.html, paths)
     judge = request.judge()
     seen, refused = _look_at(paths)
-    inputs = next(each.inputs for each in seen.values() if each.inputs is not None)
+    inputs, steps = next((each.inputs, each.preprocess) for each in seen.values() if each.inputs is not None)
     given = open_samples(
-        request.data, split="test", inputs=inputs, root=request.data_root, at_most=request.samples, seed=request.seed
-    )
+        request.data, split="test", inputs=inputs, preprocess=steps, root=request.data_root, at_most=request.samples,
+        seed=request.seed,
+    )  # fmt: skip
     found = [
         seen[subject.path].told_of(subject) if subject.path in seen else subject
         for subject in subjects(paths, trust_engines=request.trust_engines, refused=refused)
@@ -635,18 +649,21 @@ def pack(
     parts += [specialize(part) for part in graphs if specialized and part.id not in skipped]
     named = data is not None and bool(graphs) and is_data_set(data, graphs[0].graph.inputs)
     opened = open_data(data, root=data_root) if data is not None and named else None
-    golden, pictures = {}, None
+    golden, pictures, steps = {}, None, graphs[0].graph.preprocess or () if graphs else ()
     if data and graphs:
         first = graphs[0].graph
         at_most = first.fixed_batch or packing.GOLDEN_SAMPLES
-        found = stream_samples(data, split="test", inputs=first.inputs, root=data_root, at_most=at_most)
+        found = stream_samples(
+            data, split="test", inputs=first.inputs, preprocess=first.preprocess, root=data_root, at_most=at_most
+        )
         golden = found.pick(slice(None)).feeds
-        pictures = found.pictures if isinstance(found, Pictures) else None
+        if isinstance(found, Pictures):
+            pictures, steps = found.pictures, tuple(map(dict, found.steps))
     contents = packing.Contents(
         name=name or output.stem,
         parts=tuple(parts),
         labels=_read_labels(labels) if labels else opened.classes if opened else (),
-        preprocess=opened.preprocess if opened else (),
+        preprocess=steps,
         golden_inputs=golden,
         golden_pictures=pictures,
         license=license_id,
@@ -848,6 +865,7 @@ class _Seen:
     precision: str | None = None
     weights_bytes: int | None = None
     planned: tuple[PlannedPoint, ...] = ()
+    preprocess: tuple[dict[str, Any], ...] | None = None
 
     def told_of(self, subject: Subject) -> Subject:
         """The subject with all of that."""
@@ -885,12 +903,14 @@ def _see(path: Path) -> _Seen:
     from memopt_export.pack import planned_points
 
     if is_bundle(path):
-        return _Seen(open_bundle(path, verify="off").manifest.inputs)
+        manifest = open_bundle(path, verify="off").manifest
+        return _Seen(manifest.inputs, preprocess=manifest.preprocess or None)
     if path.suffix == ".pt2":
         return _Seen(read_specs(path)["inputs"])
     if path.suffix == ".onnx":
         graph = load_graph(path)
-        return _Seen(graph.inputs, graph.precision, sum(graph.weights_bytes().values()), planned_points(graph))
+        weights_bytes = sum(graph.weights_bytes().values())
+        return _Seen(graph.inputs, graph.precision, weights_bytes, planned_points(graph), graph.preprocess)
     read_sidecar(path)
     return _Seen()
 

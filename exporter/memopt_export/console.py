@@ -14,7 +14,7 @@ from memopt.errors import printable
 from memopt.gate import LEAK_BYTES
 from memopt.memory import STEADY
 from memopt.report import COLUMNS, TEXT_COLUMNS, Report, Row, columns_of
-from memopt.sizes import show_size
+from memopt.sizes import show_count, show_size
 from memopt.strict_json import to_json
 from memopt_export.commands import (
     Diagnosis,
@@ -30,7 +30,7 @@ from memopt_export.commands import (
     Verification,
 )
 from memopt_export.inspection import Inspection
-from memopt_export.training_commands import SavedCheckpoint
+from memopt_export.training_commands import Pruned, SavedCheckpoint
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,10 +41,18 @@ if TYPE_CHECKING:
     from memopt_export.means import Step
     from memopt_export.pipeline import Result
     from memopt_export.stages import Outcome
+    from memopt_models.layer_costs import Shrunk
     from memopt_models.train import Progress
 
 _WIDTH_OF_PIPES = 160  # what is not a terminal has no width of its own
 _REFRESH_S = 0.1
+# What a pruning takes out, by the way it went.
+_WAYS = {
+    "channels": "channels, with all that depend on each other",
+    "channels-here": "channels, with all that depend on each other",
+    "hidden": "the features hidden between two layers",
+}
+_COSTS = ("outputs", "parameters", "macs")
 # Columns of a report that a narrow terminal does without, the most dispensable first.
 _FIRST_TO_GO = (
     "Worst", "Leak", "Weights", "Top-5", "Planned", "File-backed", "x p50", "SQNR", "Agree", "File", "x memory",
@@ -244,10 +252,62 @@ def _draw_checkpoint(console: Console, saved: SavedCheckpoint) -> None:
     facts: dict[str, object] = {
         "saved": f"{saved.path} ({show_size(saved.size_bytes)})",
         "network": f"{saved.network}, {saved.parameters} parameters",
+        "began fresh": ", ".join(saved.fresh) or None,
     }
     shares = {name: f"{100 * value:.2f}%" for name, value in saved.metrics.items() if "top1" in name}
+    if saved.pruned is not None:
+        facts |= _pruned_facts(saved.pruned, saved.metrics)
     _facts(console, facts | {name.replace("_", " "): text for name, text in shares.items()} | {"sha256": saved.sha256})
+    if saved.pruned is not None and "way" in saved.pruned.note:
+        _draw_parts(console, saved.pruned.parts)
     _next(console, f"memopt-export export {saved.path} -o {_with(saved.path, '.onnx')}")
+
+
+def _pruned_facts(pruned: Pruned, metrics: Mapping[str, float]) -> dict[str, object]:
+    note = pruned.note
+    if "way" not in note:
+        return _sparse_facts(note, metrics)
+    facts: dict[str, object] = {
+        f"not by {way}": f"{why}; what was done instead: {_WAYS[note['way']]}" for way, why in note["instead"].items()
+    }
+    steps = ", then ".join(f"{100 * ratio:.1f}%" for ratio in note["ratios"])
+    facts["pruned"] = f"{steps} of {_WAYS[note['way']]}, ranked by {note['method']}, scope {note['scope']}"
+    target = note["target"]
+    if target is not None:
+        show = show_size if target["measure"] == "memory" else show_count
+        what = f"planned memory at batch {target['batch']}" if target["measure"] == "memory" else target["measure"]
+        reached, limit, before = (show(note[name]) for name in ("after", "limit", "before"))
+        facts[what] = f"{reached}, {limit} allowed, {before} before"
+    return facts
+
+
+def _sparse_facts(note: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, object]:
+    """What zeros save, and what they do not."""
+    after, before = (show_size(metrics[name]) for name in ("compressed_bytes", "compressed_bytes_before"))
+    saves = "a compressed file, nothing else: zeros are stored and computed with like any other number"
+    if "pattern" in note["kind"]:
+        saves = (
+            "time in TensorRT from sm80 on where the pattern is 2:4, and in a compressed file; in no other, no memory"
+        )
+    return {
+        "zeros": f"{100 * metrics['zeros']:.2f}% of the parameters, in {len(note['layers'])} layers",
+        "left dense": _some(note["skipped"]),
+        "compressed": f"{after}, before {before} (weights, as gzip does it)",
+        "saves": saves,
+    }
+
+
+def _draw_parts(console: Console, parts: Sequence[Shrunk]) -> None:
+    """Each part of the network before and after, and the whole."""
+    columns = {"Part": "left"} | dict.fromkeys(("Layers", "Outputs", "Parameters", "MACs"), "right")
+    rows = [[part.name, str(part.layers), *(_shrunk([part], cost) for cost in _COSTS)] for part in parts]
+    rows.append(["all", str(sum(part.layers for part in parts)), *(_shrunk(parts, cost) for cost in _COSTS)])
+    _table(console, columns, rows)
+
+
+def _shrunk(parts: Sequence[Shrunk], cost: str) -> str:
+    before, after = (sum(getattr(getattr(part, side), cost) for part in parts) for side in ("before", "after"))
+    return show_count(before) if before == after else f"{show_count(before)} → {show_count(after)}"
 
 
 def _draw_graph(console: Console, saved: SavedGraph) -> None:
@@ -255,13 +315,17 @@ def _draw_graph(console: Console, saved: SavedGraph) -> None:
     facts = {
         "saved": f"{saved.path} ({show_size(saved.size_bytes)})",
         "program": saved.program,
+        "precision": f"{saved.precision.upper()} by training" if saved.precision != "fp32" else None,
         "parity": f"largest difference {parity.max_difference:.2g} of {parity.largest_output:.3g} "
         f"on {parity.samples} samples",
         "agreement": f"{100 * parity.agreement:.2f}%" if parity.agreement is not None else None,
         "weights sha256": saved.weights_sha256,
     }
     _facts(console, facts)
-    _next(console, f"memopt-export quantize {saved.path} --data digits -o {_with(saved.path, '-int8.onnx')}")
+    if saved.precision == "fp32":
+        _next(console, f"memopt-export quantize {saved.path} --data digits -o {_with(saved.path, '-int8.onnx')}")
+    else:
+        _next(console, f"memopt-export compare {saved.path} --data digits")
 
 
 def _draw_simple(console: Console, saved: SavedSimple) -> None:

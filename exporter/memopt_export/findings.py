@@ -398,7 +398,8 @@ def _calibration(model: Model) -> Iterator[Finding]:
         what = "ranges of activations from nobody knows where: the file does not say what it was calibrated on"
     else:
         what = f"ranges of activations from {told.samples} samples of {told.source}, fewer than {FEW_SAMPLES}"
-    if static and (told is None or told.source is None or told.samples < FEW_SAMPLES):
+    trained = told is not None and told.trained
+    if static and not trained and (told is None or told.source is None or told.samples < FEW_SAMPLES):
         names = tuple(map(node_label, static[:_SHOWN]))
         yield Finding("calibration", what, names, len(static), 0, 0, model.calibrated)
 

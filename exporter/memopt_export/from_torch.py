@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import logging
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,18 +15,27 @@ from memopt.errors import AnswerIsNo, InputRefused, first_line
 from memopt.strict_json import to_json
 from memopt.tensors import Array, TensorSpec, show_shape
 from memopt.torch_runtime import SPECS
+from memopt_export import compact as compacting
+from memopt_export import grids
 from memopt_export.graph import Graph, run_graph
+from memopt_export.provenance import Provenance
+from memopt_export.recipe import Recipe
 from memopt_export.simplify import simplify
+from memopt_export.views import check_views, module_seen_from, seen_from
+from memopt_models import pt2e, ste
 from memopt_models.checkpoint import Checkpoint
+from memopt_models.qat import deployed
+from memopt_models.trace import quiet, trace
 
 if TYPE_CHECKING:
     import torch
 
 OPSET = 21
-LARGEST_BATCH = 2**16
 PARITY_SAMPLES = 64  # as many as prove parity, unless told otherwise
 # Two float32 programs for the same network differ by rounding; ten times what is seen on our networks.
 RELATIVE_TOLERANCE = 1e-4
+# Where activations are rounded to 8 bits, a difference in the last bit moves a few of them by a whole step.
+ROUNDED_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,15 @@ class Parity:
     agreement: (
         float | None
     )  # share of samples with the same top class; None for outputs that are not (samples, classes)
+    # Root of the mean square of the differences, as a share of that of torch's outputs; None where no activation is
+    # rounded, and the largest difference counts.
+    noise: float | None = None
 
     @property
     def holds(self) -> bool:
         """Whether the difference is rounding; outputs that are not finite never agree."""
+        if self.noise is not None:
+            return self.noise <= ROUNDED_TOLERANCE
         return self.max_difference <= RELATIVE_TOLERANCE * max(self.largest_output, 1.0) < math.inf
 
 
@@ -58,12 +69,14 @@ class Exported:
     program: bytes
 
 
-def export(checkpoint: Checkpoint, samples: Array) -> Exported:
+def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False, views: int = 1) -> Exported:
     """The checkpoint as an ONNX graph with a free batch dimension.
 
     Args:
         checkpoint: what to export.
         samples: real inputs, (samples, ...), at least two; parity is proved on them.
+        compact: whether the graph is brought to few bytes, see `compact.compact`.
+        views: places that every picture is seen from, see `views.seen_from`.
 
     Raises:
         InputRefused: torch cannot export the network, or there are no samples.
@@ -73,44 +86,68 @@ def export(checkpoint: Checkpoint, samples: Array) -> Exported:
 
     if len(samples) < 2:
         raise InputRefused("parity is proved on at least two samples", hint="--data SPEC")
-    module = checkpoint.module()
+    check_views(views)
+    module = deployed(checkpoint)
+    whole = module if views == 1 else module_seen_from(module, views)
     inputs = torch.from_numpy(np.ascontiguousarray(samples))
     try:
         with torch.inference_mode():
-            expected = module(inputs)
+            expected = whole(inputs)
     except (RuntimeError, ValueError, TypeError) as error:
         shape = show_shape(inputs.shape)
         raise InputRefused(f"{checkpoint.network} cannot run on {shape}: {first_line(error)}") from error
     if not isinstance(expected, torch.Tensor):
         raise InputRefused(f"{checkpoint.network} returns {type(expected).__name__}, one tensor is expected")
-    with _quiet():
-        program = _export_program(module, inputs[:2], checkpoint.network)
+    with quiet():
+        program = trace(module, inputs[:2], checkpoint.network)
         graph = simplify(_to_graph(program, inputs[:2], checkpoint))
-    parity = prove_parity(graph, samples, expected.numpy())
+    method = checkpoint.quantization.get("method")
+    if method is not None:
+        graph = _ROUNDED[method](graph, checkpoint, module)
+    if views > 1:
+        graph = seen_from(graph, views)
+        with quiet():
+            program = trace(whole, inputs[:2], checkpoint.network)
+    if compact:
+        graph = compacting.compact(graph)
+    parity = prove_parity(graph, samples, expected.numpy(), rounded=method == pt2e.METHOD)
     if not parity.holds:
         raise AnswerIsNo(f"the graph differs from torch by {parity.max_difference:.3g} on {parity.samples} samples")
-    return Exported(graph, parity, _serialize(program, graph))
+    if method == pt2e.METHOD:
+        with quiet():
+            program = pt2e.without_torchao(program)
+    return Exported(graph, parity, serialize(program, graph))
 
 
-def prove_parity(graph: Graph, samples: Array, expected: Array) -> Parity:
-    """The graph's outputs in ONNX Runtime, unoptimized, against torch's."""
+def draft(checkpoint: Checkpoint) -> Graph:
+    """The checkpoint as a graph whose outputs nobody has compared with torch's: for plans, not to be run.
+
+    Raises:
+        InputRefused: torch cannot export the network.
+    """
+    import torch
+
+    example = torch.zeros(checkpoint.inputs[0].at_batch(2))
+    with quiet():
+        program = trace(checkpoint.module(), example, checkpoint.network)
+        return simplify(_to_graph(program, example, checkpoint))
+
+
+def prove_parity(graph: Graph, samples: Array, expected: Array, *, rounded: bool = False) -> Parity:
+    """The graph's outputs in ONNX Runtime, unoptimized, against torch's; `rounded`: it has activations in 8 bits."""
     (got,) = run_graph(graph, {graph.inputs[0].name: samples}, optimized=False)
     return Parity(
         samples=len(samples),
         max_difference=max_difference(got, expected),
         largest_output=float(np.abs(expected).max()),
         agreement=agreement(got, expected) if got.ndim == 2 else None,
+        noise=_share(got - expected, expected) if rounded else None,
     )
 
 
-def _export_program(module: torch.nn.Module, example: torch.Tensor, network: str) -> torch.export.ExportedProgram:
-    import torch
-
-    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
-    try:
-        return torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise InputRefused(f"torch.export cannot trace {network}: {first_line(error)}") from error
+def _share(differences: Array, values: Array) -> float:
+    squares = [float((np.asarray(array, np.float64) ** 2).mean()) for array in (differences, values)]
+    return math.sqrt(squares[0] / squares[1]) if squares[1] else math.inf
 
 
 def _to_graph(program: torch.export.ExportedProgram, example: torch.Tensor, checkpoint: Checkpoint) -> Graph:
@@ -127,7 +164,7 @@ def _to_graph(program: torch.export.ExportedProgram, example: torch.Tensor, chec
     )
     if converted is None:
         raise InputRefused(f"torch.onnx could not convert {checkpoint.network}")
-    return Graph(converted.model_proto, checkpoint.sha256)
+    return Graph(converted.model_proto, checkpoint.sha256, preprocess=checkpoint.preprocess)
 
 
 def _pool(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -144,7 +181,21 @@ def _pool(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return pooled
 
 
-def _serialize(program: torch.export.ExportedProgram, graph: Graph) -> bytes:
+def _named_int8(graph: Graph, checkpoint: Checkpoint, _module: torch.nn.Module) -> Graph:
+    """The graph, which knows what it is."""
+    recipe = Recipe("int8", str(checkpoint.quantization.get("target")))
+    named = graph.with_model(graph.model, precision=recipe.name)
+    return replace(named, quantization=Provenance(recipe, trained=True))
+
+
+# By method: what makes a graph of the network that was traced a graph of the network that was trained to be rounded.
+_ROUNDED: dict[str, Callable[[Graph, Checkpoint, torch.nn.Module], Graph]] = {
+    pt2e.METHOD: _named_int8,
+    ste.METHOD: grids.store_integers,
+}
+
+
+def serialize(program: torch.export.ExportedProgram, graph: Graph) -> bytes:
     """The `.pt2` archive, without example inputs, with the names that `memopt.torch_runtime` reads."""
     import torch
 
@@ -153,19 +204,3 @@ def _serialize(program: torch.export.ExportedProgram, graph: Graph) -> bytes:
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={SPECS: to_json(specs)})
     return buffer.getvalue()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporter's own log lines and deprecation warnings off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

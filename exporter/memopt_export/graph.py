@@ -20,7 +20,8 @@ from memopt.archive import PAGE
 from memopt.errors import InputRefused, IntegrityError, OutOfResource, first_line
 from memopt.files import atomic_file, refuse_to_overwrite, write_atomically
 from memopt.ort_runtime import library_errors
-from memopt.strict_json import from_json
+from memopt.preprocess import check_steps
+from memopt.strict_json import from_json, from_plain
 from memopt.tensors import DTYPE_BITS, Array, TensorSpec, nbytes
 from memopt_export.bodies import bodies, captured, inner_nodes
 from memopt_export.provenance import Provenance, from_card, to_card
@@ -48,6 +49,8 @@ class Graph:
     weights_sha256: str
     precision: str = "fp32"
     quantization: Provenance | None = None  # what quantized it, where that is known
+    has_card: bool = True  # whether the file says the above; it takes some 130 bytes
+    preprocess: tuple[dict[str, Any], ...] | None = None  # steps that make its input of a picture, where known
 
     @cached_property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -62,7 +65,7 @@ class Graph:
 
     @cached_property
     def data(self) -> bytes:
-        """The serialized model, our metadata entry included; equal graphs give equal bytes."""
+        """The serialized model, with our metadata entry where it has one; equal graphs give equal bytes."""
         model = self.copy_model()
         self._write_card(model)
         return bytes(model.SerializeToString(deterministic=True))
@@ -74,12 +77,15 @@ class Graph:
 
     def _write_card(self, model: onnx.ModelProto) -> None:
         del model.metadata_props[:]
+        if not self.has_card:
+            return
         entry = model.metadata_props.add()
         entry.key = METADATA_KEY
         entry.value = json.dumps(self._card(), sort_keys=True)
 
     def _card(self) -> dict[str, Any]:
         card: dict[str, Any] = {"precision": self.precision, "weights": self.weights_sha256}
+        card |= {} if self.preprocess is None else {"preprocess": list(self.preprocess)}
         return card if self.quantization is None else card | {"quantization": to_card(self.quantization)}
 
     @property
@@ -153,7 +159,7 @@ def read_graph(model: onnx.ModelProto, folder: Path) -> Graph:
     free_negative_dims(model)
     card = _read_card(model)
     weights, precision = card.weights or _digest_of_tensors(model), card.precision or _guess_precision(model)
-    graph = Graph(model, weights, precision, from_card(card.quantization))
+    graph = Graph(model, weights, precision, from_card(card.quantization), preprocess=_read_steps(card.preprocess))
     _ = graph.inputs, graph.outputs  # refused here, when they are none that we know
     return graph
 
@@ -375,6 +381,7 @@ _QUANTIZED_OPERATORS = frozenset({
     "QuantizeLinear", "DequantizeLinear", "MatMulNBits", "MatMulInteger", "ConvInteger", "MatMulIntegerToFloat",
     "QGemm", "GatherBlockQuantized", "MatMulBnb4", "QAttention",
 })  # fmt: skip
+_SMALL_INTEGERS = frozenset({"int2", "int4", "int8", "uint2", "uint4", "uint8"})
 
 
 def inner_layers(model: onnx.ModelProto, operators: Container[str]) -> tuple[str, ...]:
@@ -389,11 +396,15 @@ def has_subgraph(node: onnx.NodeProto) -> bool:
 
 def is_quantized(model: onnx.ModelProto) -> bool:
     """Whether any node already works on quantized values, subgraphs and functions included."""
-    return any(
-        node.op_type in _QUANTIZED_OPERATORS or node.op_type.startswith(("QLinear", "DynamicQuantize"))
-        for body in bodies(model)
-        for node in body.graph.node
-    )
+    return bool(_quantizers(model))
+
+
+def _quantizers(model: onnx.ModelProto) -> set[str]:
+    """The operators that work on quantized values."""
+    operators = {node.op_type for body in bodies(model) for node in body.graph.node}
+    return {
+        name for name in operators if name in _QUANTIZED_OPERATORS or name.startswith(("QLinear", "DynamicQuantize"))
+    }
 
 
 def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
@@ -417,6 +428,7 @@ class _Card:
     weights: str | None = None
     precision: str | None = None
     quantization: Any = None  # a part of its own: one that cannot be read takes nothing else with it
+    preprocess: Any = None  # the same
 
 
 def _read_card(model: onnx.ModelProto) -> _Card:
@@ -426,6 +438,16 @@ def _read_card(model: onnx.ModelProto) -> _Card:
         return from_json(_Card, text.encode(), where=METADATA_KEY)
     except IntegrityError:
         return _Card()
+
+
+def _read_steps(plain: Any) -> tuple[dict[str, Any], ...] | None:
+    """The steps in a card; None for what are none."""
+    try:
+        steps = None if plain is None else from_plain(tuple[dict[str, Any], ...], plain, where=METADATA_KEY)
+        check_steps(steps or ())
+    except IntegrityError:
+        return None
+    return steps
 
 
 def _digest_of_tensors(model: onnx.ModelProto) -> str:
@@ -438,12 +460,17 @@ def _digest_of_tensors(model: onnx.ModelProto) -> str:
 
 
 def _guess_precision(model: onnx.ModelProto) -> str:
-    """The precision of a graph that does not say: by its quantizers, else by its initializers."""
+    """The precision of a graph that does not say: by its quantizers, else by its initializers.
+
+    Where nothing but weights is dequantized, it is called after the smallest of them, such as "int4-weights".
+    """
     import onnx
 
-    if is_quantized(model):
-        return "int8"
     dtypes = {tensor.data_type for tensor in model.graph.initializer}
+    quantizers = _quantizers(model)
+    if quantizers:
+        bits = [DTYPE_BITS[name] for name in map(plain_name, dtypes) if name in _SMALL_INTEGERS]
+        return f"int{min(bits)}-weights" if bits and quantizers == {"DequantizeLinear"} else "int8"
     if onnx.TensorProto.FLOAT in dtypes or not dtypes:
         return "fp32"
     return "fp16" if onnx.TensorProto.FLOAT16 in dtypes else "bf16" if onnx.TensorProto.BFLOAT16 in dtypes else "fp32"

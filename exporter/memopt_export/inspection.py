@@ -238,6 +238,8 @@ def _find_in_variants(bundle: Bundle) -> tuple[tuple[Finding, ...], tuple[str, .
 
 def _quantization(told: Provenance) -> dict[str, str]:
     """What quantized a graph, in words."""
+    if told.trained:
+        return {"recipe": f"{told.recipe.precision} for {told.recipe.target}, by training"}
     facts = {"recipe": told.recipe.text()}
     if told.source is None:
         return facts | {"calibrated": "on no samples"}

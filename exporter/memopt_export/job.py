@@ -17,6 +17,8 @@ from memopt_export.tensorrt_engine import EngineSettings
 from memopt_models.distill import DistillSettings
 from memopt_models.networks import find_factory
 from memopt_models.prune import PruneSettings
+from memopt_models.prune_apart import Limits
+from memopt_models.targets import Target
 from memopt_models.train import TrainSettings
 
 
@@ -112,7 +114,7 @@ class Job:
 # The dataclasses whose fields are a recipe file's keys.
 _SECTIONS = (
     Job, TrainJob, DistillJob, QuantizeJob, EngineJob, CompareJob, TrainSettings, DistillSettings, PruneSettings,
-    EngineSettings,
+    Target, Limits, EngineSettings,
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from memopt.errors import UsageError
-from memopt.sizes import parse_size
+from memopt.sizes import parse_amount, parse_size
 from memopt_export.recipe import PRECISIONS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -60,6 +61,10 @@ external_data_option = click.option(
     "--external-data", is_flag=True, help="Weights beside, in OUT.onnx.data; always from 2 GiB on."
 )
 
+compact_option = click.option(
+    "--compact", is_flag=True, help="In as few bytes as can be: tensors renamed, nodes without names, no notes."
+)
+
 
 class Batches(click.ParamType[tuple[int, ...]]):
     """One or several batch sizes: 1 or 1,8,32."""
@@ -85,6 +90,32 @@ class Size(click.ParamType[int]):
         """Bytes."""
         try:
             return parse_size(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Amount(click.ParamType[float]):
+    """A share below 1, or a number: 0.5, 300k, 1.2M."""
+
+    name = "amount"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share or the number."""
+        try:
+            return parse_amount(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Memory(click.ParamType[float]):
+    """A share below 1, or a size in bytes with its unit: 0.5, 24MiB."""
+
+    name = "memory"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share, or bytes."""
+        try:
+            return float(value) if re.fullmatch(r"0?\.\d+", str(value)) else parse_size(value)
         except UsageError as error:
             self.fail(str(error), param, ctx)
 

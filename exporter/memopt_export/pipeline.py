@@ -179,10 +179,11 @@ def prune_dense(work: Work, dense: Outcome) -> Outcome:
     assert asked is not None
 
     def make(keep: Keep) -> Checkpoint:
+        from memopt_export.planned_memory import planner
         from memopt_models.prune import prune
 
         begin = _load(dense, work.job.train.network)
-        return prune(begin, work.data, asked, on_step=work.on_progress, keep=keep)
+        return prune(begin, work.data, asked, price=planner(), on_step=work.on_progress, keep=keep)
 
     made_from = {"job": asked, "dense": dense.sha256, "data": work.data.fingerprint}
     return _trained(work, "prune", made_from, make)

@@ -32,6 +32,7 @@ class Provenance:
         samples: how many.
         seed: with which they were drawn; None: not known.
         packed_rows: which samples of the source they are, by `pack_rows`; None: not known.
+        trained: whether the weights and ranges were trained for it, so that nothing was calibrated.
     """
 
     recipe: Recipe
@@ -40,6 +41,7 @@ class Provenance:
     samples: int = 0
     seed: int | None = None
     packed_rows: str | None = None
+    trained: bool = False
 
     def __post_init__(self) -> None:
         _ = self.rows  # refused here, when they are none

@@ -68,7 +68,7 @@ def merge_equal_initializers(model: onnx.ModelProto) -> None:
             if first.setdefault(content, tensor.name) != tensor.name:
                 renamed[tensor.name] = first[content]
     _keep(model.graph.initializer, lambda tensor: tensor.name not in renamed)
-    _rename_reads(model, renamed)
+    rename_reads(model, renamed)
 
 
 def _inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -143,7 +143,7 @@ def _drop_idle_nodes(model: onnx.ModelProto) -> None:
         if _is_idle(node) and node.output[0] not in outputs:
             renamed[node.output[0]] = renamed.get(node.input[0], node.input[0])
     _keep(model.graph.node, lambda node: node.output[0] not in renamed)
-    _rename_reads(model, renamed)
+    rename_reads(model, renamed)
 
 
 def _is_idle(node: onnx.NodeProto) -> bool:
@@ -210,7 +210,8 @@ def _store_raw(model: onnx.ModelProto) -> None:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
 
 
-def _rename_reads(model: onnx.ModelProto, renamed: dict[str, str]) -> None:
+def rename_reads(model: onnx.ModelProto, renamed: dict[str, str]) -> None:
+    """Lets all nodes, those in bodies too, read other tensors: old name -> new name."""
     for node in model.graph.node:
         for slot, name in enumerate(node.input):
             node.input[slot] = renamed.get(name, name)

@@ -27,16 +27,8 @@ from memopt.manifest import EngineInfo, Profile
 from memopt.memory import read_host_memory
 from memopt.strict_json import from_json, to_json
 from memopt.tensors import TensorSpec, show_shape
-from memopt.trt_runtime import (
-    TARGETS,
-    TENSORRT,
-    TENSORRT_RTX,
-    TITLES,
-    import_library,
-    library_log,
-    not_installed,
-    this_platform,
-)
+from memopt.trt_library import TITLES, import_library, library_log, not_installed
+from memopt.trt_runtime import TARGETS, TENSORRT, TENSORRT_RTX, this_platform
 from memopt_export.graph import Graph
 
 if TYPE_CHECKING:
@@ -65,6 +57,7 @@ class EngineSettings:
     flavor: str  # "tensorrt" or "tensorrt-rtx"
     targets: tuple[str, ...]  # of TARGETS[flavor]; "local" is the GPU of this machine
     batches: tuple[Batches, ...] = ((1, 1, 1), (2, 8, 32))
+    weight_streaming: bool = False  # lets a runtime keep weights in host memory and bring each layer's when it runs
 
     def __post_init__(self) -> None:
         if self.flavor not in TARGETS:
@@ -131,7 +124,14 @@ def build(
     profiles = _profiles(Graph(model, weights_sha256="").inputs, how.batches)
     with TemporaryDirectory(prefix="memopt-engine-") as folder:
         request = _Request(
-            how.flavor, _model_file(onnx, folder), _sha256(onnx), folder, targets, profiles, _operators(model)
+            how.flavor,
+            _model_file(onnx, folder),
+            _sha256(onnx),
+            folder,
+            targets,
+            profiles,
+            _operators(model),
+            how.weight_streaming,
         )
         step(f"compile for {', '.join(targets)}")
         info = _compile_apart(request, timeout_s)
@@ -207,6 +207,7 @@ class _Request:
     targets: tuple[str, ...]
     profiles: tuple[Profile, ...]
     operators: dict[str, str]  # operator -> a node that has it
+    weight_streaming: bool = False
 
     @property
     def engine(self) -> Path:
@@ -392,7 +393,7 @@ def _compile(request: _Request) -> EngineInfo:
         profiles=_with_activations(request.profiles, _logged_bytes(log, "Total Activation Memory")),
         weights_bytes=max(_logged_bytes(log, "Total Weights Memory"), default=None),
         onnx_sha256=request.onnx_sha256,
-        upper_bound=hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"),
+        upper_bound=_all_is_ours(trt, request),
         build_seconds=round(time.perf_counter() - started, 3),
         build_peak_bytes=read_host_memory().peak_bytes,
     )  # fmt: skip
@@ -420,8 +421,11 @@ def _configure(trt: Any, builder: Any, request: _Request) -> Any:
         config.num_compute_capabilities = len(request.targets)
         for index, target in enumerate(request.targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
-    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+    if _all_is_ours(trt, request):
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else large tensors are left out of the logged bytes
+    if request.weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)  # the pattern 2:4, where weights have it
     for profile in request.profiles:
         shapes = builder.create_optimization_profile()
         for name in profile.min:
@@ -429,6 +433,11 @@ def _configure(trt: Any, builder: Any, request: _Request) -> Any:
         if config.add_optimization_profile(shapes) < 0:
             raise _build_failure(library_log(trt), request)
     return config
+
+
+def _all_is_ours(trt: Any, request: _Request) -> bool:
+    """Whether all device memory is the user's to give; weights that are streamed want some that the library takes."""
+    return hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") and not request.weight_streaming
 
 
 def _show_parser_error(error: Any) -> str:

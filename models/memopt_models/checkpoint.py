@@ -24,11 +24,15 @@ from memopt_models.digest import digest_arrays
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.nn.modules.conv import _ConvNd
 
 SCHEMA = "1.1"
 QUANTIZATION = "quantization."
 MAX_HEADER_BYTES = 16 * 2**20
 _KEY = "memopt"
+
+# Numbers that a network keeps of its own, and the parameter whose last dimension they are (torchvision's ViT).
+_REMEMBERED = {"hidden_dim": "class_token"}
 
 # The dtypes of safetensors by the names we use.
 _DTYPES = {
@@ -68,6 +72,15 @@ class Checkpoint:
         """Number of learned weights; running statistics are none."""
         return count_parameters(self.module())
 
+    @property
+    def scales(self) -> dict[str, torch.Tensor]:
+        """The tensors that `quantization` needs, by their names without the prefix."""
+        return {
+            name.removeprefix(QUANTIZATION): tensor
+            for name, tensor in self.state.items()
+            if name.startswith(QUANTIZATION)
+        }
+
     def module(self) -> nn.Module:
         """The network with these weights, in evaluation mode; pruned layers get the shapes of their weights.
 
@@ -84,7 +97,7 @@ class Checkpoint:
         weights = {name: tensor for name, tensor in self.state.items() if not name.startswith(QUANTIZATION)}
         _reshape_layers(module, weights)
         _refuse_misfit(module.state_dict(), weights, network=self.network)
-        module.load_state_dict(weights)
+        module.load_state_dict(_with_versions(module, weights))
         return module.eval()
 
     def advance(
@@ -95,10 +108,16 @@ class Checkpoint:
         settings: Mapping[str, Any],
         metrics: Mapping[str, float],
         parents: Sequence[str] = (),
+        quantization: Mapping[str, Any] | None = None,
+        scales: Mapping[str, torch.Tensor] | None = None,
     ) -> Checkpoint:
-        """The checkpoint after a stage: the module's weights, the lineage one step longer, other metrics."""
+        """The checkpoint after a stage: the module's weights, the lineage one step longer, other metrics.
+
+        `quantization` and the tensors that go with it, `scales`, are new too: None after a stage that trained floats.
+        """
         counted = {**metrics, "parameters": float(count_parameters(module))}
-        advanced = replace(self, state=snapshot(module), metrics=counted, quantization={})
+        state = snapshot(module) | {f"{QUANTIZATION}{name}": tensor for name, tensor in (scales or {}).items()}
+        advanced = replace(self, state=state, metrics=counted, quantization=dict(quantization or {}))
         step = Stage(stage, advanced.sha256, tuple(parents), to_plain(dict(settings)))
         return replace(advanced, lineage=(*self.lineage, step))
 
@@ -290,6 +309,13 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in mapped.items()}  # of our own: the file may change under a mapping
 
 
+def _with_versions(module: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights with the version of each layer beside them, without which torchvision's MNASNet cannot be loaded."""
+    versioned = module.state_dict()
+    versioned.update(weights)
+    return versioned
+
+
 def _refuse_misfit(wanted: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], *, network: str) -> None:
     bad = sorted(
         name for name in wanted.keys() | state.keys()
@@ -298,6 +324,14 @@ def _refuse_misfit(wanted: Mapping[str, torch.Tensor], state: Mapping[str, torch
     if bad:
         shown = ", ".join(bad[:3]) + (", …" if len(bad) > 3 else "")
         raise InputRefused(f"the weights do not fit network {network!r}: {len(bad)} of them differ ({shown})")
+
+
+def align_sizes(module: nn.Module) -> None:
+    """Tells networks that remember their own width, beside that of their layers, what it has become. In place."""
+    for layer in module.modules():
+        for number, parameter in _REMEMBERED.items():
+            if number in vars(layer) and parameter in layer._parameters:
+                setattr(layer, number, layer.get_parameter(parameter).shape[-1])
 
 
 def _reshape_layers(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -310,38 +344,63 @@ def _reshape_layers(module: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
 
     for prefix, layer in module.named_modules():
         own = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
-        weight = state.get(f"{prefix}.weight" if prefix else "weight")
-        if weight is None or "weight" not in own or own["weight"].ndim != weight.ndim:
+        given = {name: state.get(f"{prefix}.{name}" if prefix else name) for name in own}
+        shapes = {
+            name: tuple(new.shape) for name, new in given.items() if new is not None and new.ndim == own[name].ndim
+        }
+        if all(shape == tuple(own[name].shape) for name, shape in shapes.items()) or not _set_sizes(layer, shapes):
             continue
-        if not _set_channels(layer, tuple(weight.shape)):
-            continue
-        for name, old in own.items():
-            new = state.get(f"{prefix}.{name}" if prefix else name)
-            if new is not None and new.ndim == old.ndim and new.shape != old.shape:
-                fresh = torch.empty(new.shape, dtype=old.dtype)
-                setattr(layer, name, nn.Parameter(fresh) if isinstance(old, nn.Parameter) else fresh)
+        for name, shape in shapes.items():
+            fresh = torch.empty(shape, dtype=own[name].dtype)
+            setattr(layer, name, nn.Parameter(fresh) if isinstance(own[name], nn.Parameter) else fresh)
+    align_sizes(module)
 
 
-def _set_channels(layer: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Sets the layer's channel numbers from the shape of its weight; False for a layer that is never pruned."""
+def _set_sizes(layer: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Sets the layer's own numbers from the shapes of its tensors; False for a layer that cannot have these."""
     from torch import nn
-    from torch.nn.modules.batchnorm import _BatchNorm
-    from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+    from torch.nn.modules.batchnorm import _NormBase
+    from torch.nn.modules.conv import _ConvNd
 
+    weight = shapes.get("weight", ())
     if isinstance(layer, _ConvNd):
-        if shape[2:] != tuple(layer.kernel_size):
-            return False
-        turned = isinstance(layer, _ConvTransposeNd)  # its weight is (inputs, outputs / groups, ...)
-        if layer.groups > 1 and layer.groups == layer.in_channels:  # depthwise: one group for each input channel
-            layer.groups = shape[0] * layer.groups // (layer.in_channels if turned else layer.out_channels)
-        first, second = shape[0], shape[1] * layer.groups
-        layer.in_channels, layer.out_channels = (first, second) if turned else (second, first)
-    elif isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = shape
-    elif isinstance(layer, _BatchNorm):
-        layer.num_features = shape[0]
+        return len(weight) > 2 and _set_convolution(layer, weight)
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = weight
+    elif isinstance(layer, _NormBase):
+        (layer.num_features,) = weight or shapes["running_mean"]
     elif isinstance(layer, nn.LayerNorm):
-        layer.normalized_shape = shape
-    else:
+        layer.normalized_shape = weight
+    elif isinstance(layer, nn.GroupNorm):
+        (layer.num_channels,) = weight
+        return layer.num_channels % layer.num_groups == 0
+    elif isinstance(layer, nn.PReLU):
+        (layer.num_parameters,) = weight
+    elif isinstance(layer, nn.MultiheadAttention):
+        return _set_attention(layer, shapes)
+    else:  # weights that a network keeps beside its layers, such as a scale for each channel
+        return not type(layer).__module__.startswith("torch.nn.")
+    return True
+
+
+def _set_convolution(layer: _ConvNd, weight: tuple[int, ...]) -> bool:
+    from torch.nn.modules.conv import _ConvTransposeNd
+
+    if weight[2:] != tuple(layer.kernel_size):
         return False
+    turned = isinstance(layer, _ConvTransposeNd)  # its weight is (inputs, outputs / groups, ...)
+    if layer.groups > 1 and layer.groups == layer.in_channels:  # depthwise: one group for each input channel
+        layer.groups = weight[0] * layer.groups // (layer.in_channels if turned else layer.out_channels)
+    first, second = weight[0], weight[1] * layer.groups
+    layer.in_channels, layer.out_channels = (first, second) if turned else (second, first)
+    return True
+
+
+def _set_attention(layer: nn.MultiheadAttention, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """One width for queries, keys and values, a multiple of the number of heads, which stays."""
+    threefold, width = shapes.get("in_proj_weight", (0, 0))
+    if not width or threefold != 3 * width or width % layer.num_heads:
+        return False
+    layer.embed_dim = layer.kdim = layer.vdim = width
+    layer.head_dim = width // layer.num_heads
     return True

@@ -13,7 +13,7 @@ from typing import Any, Protocol, overload
 import numpy as np
 
 from memopt.errors import InputRefused, UsageError
-from memopt.preprocess import prepare, resize
+from memopt.preprocess import prepare, resize, without_numbers
 from memopt.strict_json import to_json
 from memopt.tensors import Array, TensorSpec, check_feeds
 from memopt_models import downloads, npz
@@ -196,7 +196,7 @@ def open_samples(
         split: "train", "validation" or "test".
         inputs: of the model; their first dimension is the batch.
         root: as for `open_data`.
-        preprocess: the model's own steps; None takes those of the data set.
+        preprocess: the model's own steps; None takes those of the data set, as far as they fit the inputs' dtype.
         count: how many samples, drawn as by `Samples.take` but before they are prepared; None takes all.
         at_most: the same, but a smaller split is taken whole; it goes before `count`.
         seed: of the draw.
@@ -237,7 +237,9 @@ def stream_samples(
     if wanted is not None:
         rows = _draw_rows(len(chosen), wanted, seed=seed, source=source)
         chosen = chosen.pick(rows)
-    steps = data.preprocess if preprocess is None else preprocess
+    takes_pictures = inputs[0].dtype == "uint8"
+    own = without_numbers(data.preprocess) if takes_pictures else data.preprocess
+    steps = own if preprocess is None else preprocess
     return Pictures(chosen, steps, tuple(per_sample), source, rows)
 
 

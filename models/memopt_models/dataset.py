@@ -161,6 +161,6 @@ def split_by_class(labels: Array, *, shares: Sequence[float] = (0.6, 0.2, 0.2), 
 
 def _is_mapped(array: Any) -> bool:
     """Whether the array is a view of a mapped file, through whatever other views."""
-    while isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
+    while isinstance(array, np.ndarray):
         array = array.base
-    return isinstance(array, np.memmap) or (isinstance(array, memoryview) and isinstance(array.obj, mmap.mmap))
+    return isinstance(array.obj if isinstance(array, memoryview) else array, mmap.mmap)

@@ -38,7 +38,10 @@ def predict(module: nn.Module, inputs: Array, *, batch_size: int = 256) -> Array
     return np.concatenate(parts)
 
 
-def score(module: nn.Module, split: Split, steps: Sequence[Mapping[str, Any]], *, batch_size: int = 256) -> float:
+def score(
+    module: nn.Module, split: Split, steps: Sequence[Mapping[str, Any]], *, batch_size: int = 256,
+    moves: Array | None = None,
+) -> float:  # fmt: skip
     """Top-1 accuracy on the split, 0 to 1; neither pictures nor logits of more than a batch are in memory.
 
     Args:
@@ -46,13 +49,14 @@ def score(module: nn.Module, split: Split, steps: Sequence[Mapping[str, Any]], *
         split: what it is judged on; a mapped one stays mapped.
         steps: that prepare the pictures.
         batch_size: samples in memory at a time.
+        moves: (samples, 2), by how many pixels each picture is moved; None moves none.
 
     Raises:
         InputRefused: the network does not answer with a number for each class.
     """
     feeder = Feeder(split, steps, batch_size=batch_size, device=device_of(module))
     with _evaluating(module):
-        return sum(_right(module(inputs), labels) for inputs, labels in feeder.in_order()) / len(split)
+        return sum(_right(module(inputs), labels) for inputs, labels in feeder.in_order(moves)) / len(split)
 
 
 def measure(module: nn.Module, data: DataSet) -> dict[str, float]:

@@ -75,10 +75,11 @@ class Feeder:
         self._labels.to_fill(len(labels))[...] = labels
         return self._numbers.of(self._images.send(len(labels))), self._labels.send(len(labels))
 
-    def in_order(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Every sample of the split, `batch_size` at a time; the last batch may be smaller."""
+    def in_order(self, moves: Array | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Every sample of the split, `batch_size` at a time; the last batch may be smaller. `moves` as in `batch`."""
         for start in range(0, len(self._split), self._size):
-            yield self.batch(slice(start, start + self._size))
+            rows = slice(start, start + self._size)
+            yield self.batch(rows, None if moves is None else moves[rows])
 
 
 class Staging:

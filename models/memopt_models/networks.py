@@ -71,18 +71,27 @@ def find_factory(network: str) -> Callable[..., Any]:
         return load_factory(network)
     if network in NETWORKS:
         return NETWORKS[network]
-    import torchvision
-
-    names = torchvision.models.list_models(module=torchvision.models)
-    if network in names:
+    if is_torchvision(network):
         return partial(torchvision_classifier, network)
-    alike = difflib.get_close_matches(network, [*NETWORKS, *names])
+    alike = difflib.get_close_matches(network, [*NETWORKS, *_torchvision_names()])
     hint = (
         f"did you mean {' or '.join(alike)}?"
         if alike
         else f"{', '.join(NETWORKS)}, a torchvision model or pkg.mod:factory"
     )
     raise UsageError(f"network {network!r} is not known", hint=hint)
+
+
+def is_torchvision(network: str) -> bool:
+    """Whether this is the name of one of torchvision's classifiers."""
+    return ":" not in network and network not in NETWORKS and network in _torchvision_names()
+
+
+def first_convolution(module: nn.Module) -> str:
+    """The name of the convolution that takes the input; "" where there is none."""
+    from torch import nn
+
+    return next((name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)), "")
 
 
 def simple_cnn(
@@ -147,6 +156,37 @@ def ds_cnn(classes: int = 10, in_channels: int = 1, width: int = 8, depth: int =
     return nn.Sequential(layers)
 
 
+def tiny_cnn(classes: int = 10, in_channels: int = 1, channels: Sequence[int] = (11, 20, 24, 32, 32)) -> nn.Module:
+    """A student for the smallest files: strided 3x3 stem, separable blocks, max pooling, global average, one layer.
+
+    Blocks are those of `ds_cnn`, without strides; the pooling halves height and width after the first half of them.
+    They differ in nothing but their channels, so that a compact graph says once what they do.
+
+    Args:
+        classes: number of outputs.
+        in_channels: channels of the input.
+        channels: outputs of the stem and of every block.
+    """
+    from torch import nn
+
+    _check_positive(classes=classes, in_channels=in_channels)
+    if not isinstance(channels, (list, tuple)) or len(channels) < 2:
+        raise UsageError(f"channels is {channels!r}, two numbers at least are needed", hint="channels = [12, 20, 24]")
+    for width in channels:
+        _check_positive(channels=width)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        stem=_conv_norm_relu(in_channels, channels[0], kernel=3, stride=2)
+    )
+    for k in range(1, len(channels)):
+        layers[f"block{k}"] = _separable(channels[k - 1], channels[k], stride=1)
+        if k == len(channels) // 2:
+            layers["pool"] = nn.MaxPool2d(2)
+    layers["mean"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    layers["fc"] = nn.Linear(channels[-1], classes, bias=False)
+    return nn.Sequential(layers)
+
+
 def torchvision_classifier(name: str, *, classes: int, in_channels: int = 3, **settings: Any) -> nn.Module:
     """A torchvision model without pretrained weights, its first convolution made to take `in_channels`."""
     import torchvision
@@ -162,7 +202,14 @@ def torchvision_classifier(name: str, *, classes: int, in_channels: int = 3, **s
     return module
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"simple_cnn": simple_cnn, "ds_cnn": ds_cnn}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"simple_cnn": simple_cnn, "ds_cnn": ds_cnn, "tiny_cnn": tiny_cnn}
+
+
+def _torchvision_names() -> list[str]:
+    import torchvision
+
+    names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names
 
 
 def _separable(inputs: int, outputs: int, *, stride: int) -> nn.Module:
@@ -186,7 +233,8 @@ def _conv_norm_relu(inputs: int, outputs: int, *, kernel: int, stride: int = 1, 
 def _change_first_convolution(module: nn.Module, in_channels: int) -> None:
     from torch import nn
 
-    first = next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
+    first = module.get_submodule(first_convolution(module))
+    assert isinstance(first, nn.Conv2d)  # of torchvision's classifiers each begins with one
     first.in_channels = in_channels
     first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, in_channels, *first.kernel_size))
     first.reset_parameters()

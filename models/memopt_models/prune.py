@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
-import math
-import warnings
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from memopt.errors import AnswerIsNo, InputRefused, UsageError
+import numpy as np
+
+from memopt.errors import AnswerIsNo, UsageError
+from memopt.preprocess import prepare
 from memopt_models.checkpoint import Checkpoint, count_parameters, snapshot
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure
+from memopt_models.hidden import cut_hidden
+from memopt_models.layer_costs import count_macs
+from memopt_models.prune_apart import Cutter, Limits, cutter_apart
+from memopt_models.ranking import Cut, NotThisWay
 from memopt_models.resume import Keep
+from memopt_models.targets import Price, Target, Trial, measure_cost, search
 from memopt_models.team import ALONE, Team
 from memopt_models.train import OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module, identify
+from memopt_models.training_memory import Ledger, settle
+from memopt_models.training_probe import Subject
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
-# By which norm of its weights a channel is kept or dropped.
-METHODS = {"l1": 1, "l2": 2}
+_GRADIENT_SAMPLES, _GRADIENT_BATCH = 512, 64  # of the train split, for the method "taylor"
 
 
 @dataclass(frozen=True)
 class PruneSettings:
     """What to take away, and how to train afterwards."""
 
-    ratio: float = 0.5  # share of the channels of every layer that goes
-    method: str = "l2"  # or "l1"
+    ratio: float = 0.5  # share of the channels that goes, unless there is a target
+    target: Target | None = None
+    method: str = "l2"  # see ranking.METHODS
+    scope: str = "layer"  # see ranking.SCOPES
     round_to: int = 1  # channel numbers are rounded down to multiples of this
+    protect: tuple[str, ...] = ()  # patterns of names of layers that stay as they are
+    steps: int = 1  # the same amount goes in each, and each is followed by its part of the fine-tuning
+    ways: tuple[str, ...] = ("channels", "hidden")  # see WAYS; the next one where one does not work
+    limits: Limits = field(default_factory=Limits)  # of the child that follows the dependency graph
     finetune: TrainSettings | None = None  # None: not at all
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise UsageError(f"ratio is {self.ratio}, it lies between 0 and 1", hint="--ratio 0.5")
-        if self.method not in METHODS:
-            raise UsageError(f"pruning method {self.method!r} is not known", hint=", ".join(METHODS))
-        if self.round_to < 1:
-            raise UsageError(f"round_to is {self.round_to}, at least 1 is needed")
+        self.cut(self.ratio)
+        if self.steps < 1:
+            raise UsageError(f"steps is {self.steps}, at least 1 is needed", hint="--steps 3")
+        if self.finetune is not None and self.finetune.epochs < self.steps:
+            problem = f"{self.finetune.epochs} epochs of fine-tuning cannot be divided between {self.steps} steps"
+            raise UsageError(problem, hint=f"--epochs {self.steps}")
+        unknown = [way for way in self.ways if way not in WAYS]
+        if unknown or not self.ways:
+            raise UsageError(f"ways of pruning are {list(self.ways)}", hint=", ".join(WAYS))
+
+    def cut(self, ratio: float) -> Cut:
+        """What a cutter is asked for, at this ratio."""
+        seed = self.finetune.seed if self.finetune is not None else 0
+        return Cut(ratio, self.method, self.scope, self.round_to, self.protect, seed)
 
 
 def prune(
@@ -46,113 +68,154 @@ def prune(
     data: DataSet,
     how: PruneSettings,
     *,
+    price: Price | None = None,
     on_step: OnStep | None = None,
     keep: Keep | None = None,
     team: Team = ALONE,
 ) -> Checkpoint:
     """The checkpoint with fewer channels in every layer but the classifier, fine-tuned; its tensors are smaller.
 
+    The last stage of its lineage says "way", which of WAYS was gone; "instead", why others were not; "ratios", the
+    share of channels that went in each step; and with a target "before", "limit" and "after".
+
     Args:
         checkpoint: what to prune; stays as it is.
-        data: to fine-tune and to measure on.
-        how: ratio, norm, fine-tuning.
+        data: to fine-tune and to measure on; its train split gives the gradients for the method "taylor".
+        how: ratio or target, method, fine-tuning.
+        price: plans the memory of a checkpoint at a batch, for a target of memory.
         on_step: called after every step of the fine-tuning.
         keep: of the fine-tuning, see `train`.
         team: of the fine-tuning, see `train`.
 
     Raises:
         InputRefused: the data does not fit the checkpoint.
-        AnswerIsNo: the network cannot be pruned, or nothing is left to take away.
+        UsageError: a pattern of protected layers matches nothing, or a target of memory has no price.
+        AnswerIsNo: the network cannot be pruned, nothing is left to take away, or the target cannot be reached.
+        OutOfResource: the fine-tuning does not fit into its limits.
     """
-    data = data_for(checkpoint, data)
-    module = checkpoint.module()
-    remove_channels(module, checkpoint.inputs[0].at_batch(1), how, classes=len(checkpoint.labels))
-    _check_rebuild(checkpoint, module)
-    if how.finetune is not None:
-        given = identify(checkpoint)
-        fit_module(
-            module, data, how.finetune, cross_entropy, on_step, stage="prune", keep=keep, made_from=given, team=team
-        )
-    used = {**asdict(how), **describe(data)}
+    data, ledger = data_for(checkpoint, data), Ledger(on_step)
+    instead: dict[str, str] = {}
+    for way in how.ways:
+        try:
+            with WAYS[way](how.limits) as cutter:
+                pruned, note = _Pruning(data, how, cutter, price, ledger, keep, team).run(checkpoint)
+            break
+        except NotThisWay as error:
+            instead[way] = error.problem
+    else:
+        raise AnswerIsNo("the network cannot be pruned: " + "; ".join(f"{way}: {why}" for way, why in instead.items()))
+    used = {**asdict(how), **describe(data), **note, "way": way, "instead": instead, "memory": ledger.memory}
+    module = pruned.module()
     metrics = measure(module, data) if team.is_first else {}
+    metrics["macs"] = float(count_macs(pruned.module(), checkpoint.inputs[0].at_batch(1)))
     return checkpoint.advance("prune", module, settings=used, metrics=metrics, parents=(checkpoint.sha256,))
 
 
-def remove_channels(module: nn.Module, shape: tuple[int, ...], how: PruneSettings, *, classes: int) -> None:
-    """Takes the channels of smallest norm out of the module, in place, and out of all that reads or writes them.
+@contextmanager
+def _channels_here(limits: Limits) -> Iterator[Cutter]:
+    from memopt_models.channels import cut_channels
 
-    Channels that depend on each other go together (DepGraph, Fang et al. 2023, https://arxiv.org/abs/2301.12900); such
-    a group counts by the mean norm of its members.
-
-    Args:
-        module: in evaluation mode.
-        shape: of one input, (1, channels, height, width).
-        how: ratio, norm, rounding.
-        classes: outputs of the classifier, which is left whole.
-
-    Raises:
-        AnswerIsNo: the network's graph is not understood, or nothing can go.
-    """
-    import torch
-
-    before, example = count_parameters(module), torch.zeros(shape)
-    try:
-        _run_pruner(module, example, how, classifier=_find_classifier(module, classes))
-        outputs = module(example)
-    except Exception as error:  # torch-pruning documents no errors; ZeroDivisionError and AssertionError were seen
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise AnswerIsNo(f"the network cannot be pruned: {reason}") from error
-    if tuple(outputs.shape) != (1, classes):
-        raise AnswerIsNo(f"the network cannot be pruned: its output became {tuple(outputs.shape)}")
-    if count_parameters(module) == before:
-        hint = "a larger --ratio or a smaller --round-to"
-        raise AnswerIsNo(f"no channel could be removed at ratio {how.ratio}, rounded to {how.round_to}", hint=hint)
+    yield cut_channels
 
 
-def _run_pruner(module: nn.Module, example: torch.Tensor, how: PruneSettings, *, classifier: nn.Module) -> None:
-    """The one place that knows torch-pruning."""
-    import torch_pruning
+def _hidden(limits: Limits) -> AbstractContextManager[Cutter]:
+    return nullcontext(cut_hidden)
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Unwrapped parameters")  # _check_rebuild sees whether they came out right
-        pruner = torch_pruning.pruner.BasePruner(
-            module,
-            example,
-            importance=torch_pruning.importance.GroupMagnitudeImportance(p=METHODS[how.method]),
-            pruning_ratio=how.ratio,
-            ignored_layers=[classifier],
-            round_to=how.round_to,
-            # Its defaults are dicts that all calls share, and that keep the modules of earlier ones alive.
-            in_channel_groups={},
-            out_channel_groups={},
-            num_heads={},
+
+# How channels are found: those that depend on each other, by the dependency graph of the whole network, in a child
+# process with limits or in this one without; or those hidden between two layers.
+WAYS: dict[str, Callable[[Limits], AbstractContextManager[Cutter]]] = {
+    "channels": cutter_apart,
+    "channels-here": _channels_here,
+    "hidden": _hidden,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class _Pruning:
+    """One way through all steps."""
+
+    data: DataSet
+    how: PruneSettings
+    cutter: Cutter
+    price: Price | None
+    ledger: Ledger
+    keep: Keep | None
+    team: Team
+
+    def run(self, checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
+        """The pruned and fine-tuned network, and what the lineage has to say of it."""
+        how, target = self.how, self.how.target
+        before = measure_cost(target, checkpoint, self.price) if target is not None else 0
+        limit = target.limit(before) if target is not None else 0
+        if target is not None and before <= limit:
+            raise AnswerIsNo(f"nothing has to go: it is {target.show(before)}, {target.show(limit)} are allowed")
+        current, ratios, epochs = checkpoint, [], _divide(how)
+        for step in range(1, how.steps + 1):
+            gone, wanted = (how.ratio * each / how.steps for each in (step - 1, step))
+            if target is None:
+                trial = self._attempt(current, (1 - wanted) / (1 - gone))
+            else:
+                trial = self._reach(current, target, limit=before - (before - limit) * step // how.steps)
+            ratios.append(round(1 - trial.kept, 6))
+            current = self._finetune(trial.checkpoint, epochs[step - 1], "prune" if how.steps == 1 else f"prune {step}")
+        _refuse_unchanged(checkpoint, current, how)
+        note: dict[str, Any] = {"ratios": ratios}
+        if target is not None:
+            note |= {"before": before, "limit": limit, "after": trial.cost}
+        return current, note
+
+    def _reach(self, checkpoint: Checkpoint, target: Target, *, limit: int) -> Trial:
+        cost = measure_cost(target, checkpoint, self.price)
+        if cost <= limit:
+            return Trial(1.0, cost, checkpoint)
+        return search(lambda kept: self._attempt(checkpoint, kept, target), before=cost, limit=limit, target=target)
+
+    def _attempt(self, checkpoint: Checkpoint, kept: float, target: Target | None = None) -> Trial:
+        cut = self.how.cut(1 - kept)
+        gradients = _gradients(checkpoint, self.data, cut.seed) if cut.method == "taylor" else None
+        pruned = replace(checkpoint, state=self.cutter(checkpoint, cut, gradients))
+        return Trial(kept, measure_cost(target, pruned, self.price) if target is not None else 0, pruned)
+
+    def _finetune(self, checkpoint: Checkpoint, epochs: int, stage: str) -> Checkpoint:
+        if self.how.finetune is None:
+            return checkpoint
+        module = checkpoint.module()
+        settings = replace(self.how.finetune, epochs=epochs)
+        settings = settle(
+            Subject(checkpoint), self.data, settings, self.ledger, stage=stage, keep=self.keep, team=self.team
         )
-        pruner.step()
+        fit_module(
+            module, self.data, settings, cross_entropy, self.ledger,
+            stage=stage, keep=self.keep, made_from=identify(checkpoint), team=self.team,
+        )  # fmt: skip
+        return replace(checkpoint, state=snapshot(module))
 
 
-def _find_classifier(module: nn.Module, classes: int) -> nn.Module:
-    """The last layer with one output for each class."""
-    from torch import nn
-
-    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
-    outputs = [layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels for layer in layers]
-    matching = [layer for layer, number in zip(layers, outputs, strict=True) if number == classes]
-    if not matching:
-        raise LookupError(f"no layer has {classes} outputs")
-    return matching[-1]
+def _divide(how: PruneSettings) -> list[int]:
+    """The epochs after each step; the last one gets what is left over."""
+    epochs = how.finetune.epochs if how.finetune is not None else 0
+    each = epochs // how.steps
+    return [each] * (how.steps - 1) + [epochs - each * (how.steps - 1)]
 
 
-def _check_rebuild(checkpoint: Checkpoint, module: nn.Module) -> None:
-    """Raises AnswerIsNo unless the pruned network can be rebuilt from its weights alone and answers the same."""
+def _gradients(checkpoint: Checkpoint, data: DataSet, seed: int) -> dict[str, torch.Tensor]:
+    """The gradient of the loss by each weight, summed over batches of the train split drawn with the seed."""
     import torch
 
-    shape = checkpoint.inputs[0].at_batch(2)
-    example = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
-    try:
-        rebuilt = replace(checkpoint, state=snapshot(module)).module()
-        with torch.inference_mode():
-            same = torch.equal(rebuilt(example), module(example))
-    except (InputRefused, RuntimeError) as error:
-        raise AnswerIsNo(f"the pruned network cannot be rebuilt from its weights: {error}") from error
-    if not same:
-        raise AnswerIsNo("the pruned network, rebuilt from its weights, answers differently")
+    module = checkpoint.module()
+    drawn = np.random.default_rng(seed).permutation(len(data.train))[:_GRADIENT_SAMPLES]
+    for start in range(0, len(drawn), _GRADIENT_BATCH):
+        batch = data.train.pick(np.sort(drawn[start : start + _GRADIENT_BATCH]))
+        inputs = torch.from_numpy(prepare(np.asarray(batch.images), data.preprocess))
+        cross_entropy(module(inputs), torch.from_numpy(batch.labels), inputs).backward()  # type: ignore[no-untyped-call]
+    return {
+        name: torch.zeros_like(weight) if weight.grad is None else weight.grad
+        for name, weight in module.named_parameters()
+    }
+
+
+def _refuse_unchanged(before: Checkpoint, after: Checkpoint, how: PruneSettings) -> None:
+    if count_parameters(before.module()) == count_parameters(after.module()):
+        problem = f"no channel could be removed at ratio {how.ratio} by {how.method}, rounded to {how.round_to}"
+        raise AnswerIsNo(problem, hint="a larger --ratio, a smaller --round-to, or --method l2")

@@ -24,12 +24,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from memopt.device_arena import DeviceArena
 from memopt.errors import BackendError, UsageError, first_line
 from memopt.output_buffers import OutputBuffers
 from memopt.sizes import parse_size
 
 if TYPE_CHECKING:
     import onnxruntime
+
+    from memopt.cuda_driver import Driver
 
 SMALLEST_REGION_BYTES, LARGEST_REGION_BYTES = 2**20, 128 * 2**20
 _LARGEST_LIMITED_REGION_BYTES = 2**30
@@ -58,11 +61,17 @@ class MemoryPool:
         self._members: weakref.WeakSet[Any] = weakref.WeakSet()  # sessions, awake or not
         self._awake = 0  # library's sessions that hold the arena
         self._opening = 0
+        self._device_arenas: dict[str, DeviceArena] = {}  # by the device's UUID
 
     def trim(self) -> None:
         """All of its sessions give their memory back, and so does the arena; the next run of each opens it again."""
         for member in list(self._members):
             member.trim()
+
+    def device_arena(self, driver: Driver) -> DeviceArena:
+        """The memory that the pool's engines compute in on this device, within the pool's limit."""
+        with _LOCK:
+            return self._device_arenas.setdefault(driver.uuid, DeviceArena(driver, self.limit_bytes))
 
     @contextmanager
     def opening(self, member: Any, options: onnxruntime.SessionOptions) -> Iterator[None]:

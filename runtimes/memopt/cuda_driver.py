@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 _OUT_OF_MEMORY = 2
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_CAPTURE_OF_THIS_THREAD = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
 _NON_BLOCKING = 1  # a stream that does not wait for the legacy default stream
 
 # Every function that is called; each returns a CUresult. A CUdeviceptr is 64 bits wide on every 64-bit system.
@@ -53,6 +54,12 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuStreamCreate": (POINTER(c_void_p), c_uint),
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
+    "cuStreamBeginCapture_v2": (c_void_p, c_int),
+    "cuStreamEndCapture": (c_void_p, POINTER(c_void_p)),
+    "cuGraphInstantiateWithFlags": (POINTER(c_void_p), c_void_p, c_uint64),
+    "cuGraphDestroy": (c_void_p,),
+    "cuGraphLaunch": (c_void_p, c_void_p),
+    "cuGraphExecDestroy": (c_void_p,),
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
 }
@@ -83,9 +90,19 @@ class Stream:
     handle: int
 
 
-Held = TypeVar("Held", DeviceBuffer, HostBuffer, Stream)
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """Work that was captured from a stream, to be launched again in one call."""
 
-_FREE = {DeviceBuffer: "cuMemFree_v2", HostBuffer: "cuMemFreeHost", Stream: "cuStreamDestroy_v2"}
+    handle: int
+
+
+Held = TypeVar("Held", DeviceBuffer, HostBuffer, Stream, Recording)
+
+_FREE = {
+    DeviceBuffer: "cuMemFree_v2", HostBuffer: "cuMemFreeHost", Stream: "cuStreamDestroy_v2",
+    Recording: "cuGraphExecDestroy",
+}  # fmt: skip
 
 
 class MemoryInfo(NamedTuple):
@@ -124,7 +141,7 @@ class Driver:
         self._library = _load(library)
         self._lock = threading.Lock()
         self._context: int | None = None
-        self._live: set[DeviceBuffer | HostBuffer | Stream] = set()
+        self._live: set[DeviceBuffer | HostBuffer | Stream | Recording] = set()
         self._call("cuInit", 0)
         self._device = self._first_device()
         self.name = self._read_name()
@@ -182,8 +199,8 @@ class Driver:
         self._call_in_context("cuStreamCreate", byref(handle), _NON_BLOCKING)
         return self._keep(Stream(handle.value or 0))
 
-    def free(self, held: DeviceBuffer | HostBuffer | Stream) -> None:
-        """Gives the buffer or stream back; a second time it does nothing."""
+    def free(self, held: DeviceBuffer | HostBuffer | Stream | Recording) -> None:
+        """Gives it back; a second time it does nothing."""
         try:
             self._live.remove(held)
         except KeyError:
@@ -203,6 +220,32 @@ class Driver:
     def synchronize(self, stream: Stream) -> None:
         """Waits for everything queued on the stream; raises what went wrong in it."""
         self._call_in_context("cuStreamSynchronize", stream.handle)
+
+    def record(self, stream: Stream, work: Callable[[], None]) -> Recording:
+        """What `work` queues on the stream, recorded and not done (a CUDA graph).
+
+        Raises:
+            BackendError: also when `work` does what cannot be recorded, such as an allocation.
+        """
+        graph, executable = c_void_p(), c_void_p()
+        self._call_in_context("cuStreamBeginCapture_v2", stream.handle, _CAPTURE_OF_THIS_THREAD)
+        try:
+            work()
+        except BaseException:
+            with self.current():
+                self._library.cuStreamEndCapture(stream.handle, byref(graph))  # what is raised tells more than its code
+                self._library.cuGraphDestroy(graph)
+            raise
+        self._call_in_context("cuStreamEndCapture", stream.handle, byref(graph))
+        try:
+            self._call_in_context("cuGraphInstantiateWithFlags", byref(executable), graph, 0)
+        finally:
+            self._call_in_context("cuGraphDestroy", graph)
+        return self._keep(Recording(executable.value or 0))
+
+    def launch(self, recording: Recording, stream: Stream) -> None:
+        """Queues what was recorded."""
+        self._call_in_context("cuGraphLaunch", recording.handle, stream.handle)
 
     def _first_device(self) -> int:
         count, device = c_int(), c_int()

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
+from memopt import engine_rebuild
 from memopt.accuracy import softmax
 from memopt.arena import MemoryPool, region_for
 from memopt.artifact import Artifact
 from memopt.batching import BatchFit, count_samples, largest_batch, run_in_batches
 from memopt.bundle import Bundle, open_bundle
 from memopt.choice import Choice, choose
-from memopt.errors import InputRefused, IntegrityError, MemoptError, OutOfResource, UsageError
+from memopt.errors import BackendError, InputRefused, IntegrityError, MemoptError, OutOfResource, UsageError
 from memopt.files import is_private
 from memopt.manifest import Variant
 from memopt.memory import IMPORT, LOAD, STEADY, Bill, DeviceMemory, give_back, read_host_memory
 from memopt.ort_options import profile_named
 from memopt.preprocess import prepare, prepare_file
 from memopt.runtimes import RUNTIMES
+from memopt.session import Runtime, Session
 from memopt.signature import PublicKey
 from memopt.sizes import parse_size, show_size
 from memopt.specialization import Cache, default_cache, source_of, specialize_beside
 from memopt.specialization import specialize as specialize_variant
 from memopt.tensors import Array, TensorSpec
+from memopt.trt_runtime import TrtRuntime
 
 MOST_THREADS = 1024
 SPECIALIZE = ("cache", "wait", "off")
 _PICTURES_AT_ONCE = 32  # prepared and run together by `predict`
+
+
+@dataclass(frozen=True)
+class _Better:
+    """What is being made for this machine, and how it is opened then."""
+
+    name: str  # of the variant
+    made: Future[Artifact]
+    open: Callable[[Artifact], tuple[Choice, Session]]
+    what: str
 
 
 @dataclass(frozen=True)
@@ -96,18 +110,19 @@ def load(
     profile_named(profile)
     limit = parse_size(memory_limit) if memory_limit is not None else None
     bundle = open_bundle(path, verify=verify, trusted_keys=trusted_keys)
-    choice = choose(
-        bundle, device=device, variant=variant, memory_limit=limit, max_drop=max_drop, trust_engines=trust_engines
-    )
-    if pool is None and limit is not None:
-        pool = _pool_within(limit, choice)
     if specialize == "off":
         cache = None
     elif not isinstance(cache, Cache):
         cache = Cache(Path(cache)) if cache is not None else default_cache()
+    choice, engine = _choose(
+        bundle, cache, wait=specialize == "wait", device=device, variant=variant, memory_limit=limit,
+        max_drop=max_drop, trust_engines=trust_engines,
+    )  # fmt: skip
+    if pool is None and limit is not None:
+        pool = _pool_within(limit, choice)
     model = Model(
         bundle, choice, threads=threads, profile=profile, pool=pool, cache=cache, wait=specialize == "wait",
-        verify=verify,
+        verify=verify, engine=engine,
     )  # fmt: skip
     if limit is not None:
         model.fit_batch(limit)
@@ -121,20 +136,26 @@ class Model:
     def __init__(
         self, bundle: Bundle, choice: Choice, *, threads: int = 0, profile: str = "balanced",
         pool: MemoryPool | None = None, cache: Cache | None = None, wait: bool = False, verify: str = "full",
+        engine: Artifact | engine_rebuild.Underway | None = None,
     ) -> None:  # fmt: skip
-        runtime = RUNTIMES[choice.runtime]
+        runtime = _runtime(choice, cache)
         runtime.load_library()
         give_back()
         self._baseline = read_host_memory()
         self._bundle = bundle
         self._choice = choice
         self._why = list(choice.why)
-        self._open = partial(runtime.open, device=choice.device, threads=threads, profile=profile, pool=pool)
+        how: dict[str, Any] = {"threads": threads, "profile": profile, "pool": pool}
+        self._open: Callable[[Artifact], Session] = lambda found: runtime.open(found, device=choice.device, **how)
         self._checked = _in_background(bundle, choice.variant) if bundle.unchecked else None
-        self._better: Future[Artifact] | None = None  # the graph optimized for this processor, being made
+        self._better: _Better | None = None
         self._closed = False
-        artifact = bundle.artifact(choice.variant.id)
-        if cache is not None and (choice.runtime, choice.device) == ("onnxruntime", "cpu"):
+        artifact = engine if isinstance(engine, Artifact) else bundle.artifact(choice.variant.id)
+        if isinstance(engine, engine_rebuild.Underway):
+            self._better = _Better(
+                engine.variant, engine.made, partial(_open_engine, bundle, cache, how), "built anew for this GPU"
+            )
+        elif cache is not None and (choice.runtime, choice.device) == ("onnxruntime", "cpu"):
             artifact = self._optimized(cache, runtime.version(), wait=wait, verify=verify) or artifact
         self._session = self._open(artifact)
         self._loaded = replace(read_host_memory().above(self._baseline), peak_bytes=None)
@@ -190,7 +211,7 @@ class Model:
             OutOfResource: there is no memory for the batch, nor for half of it.
             IntegrityError: the weights, which "lazy" has checked meanwhile, are not those promised.
         """
-        if self._better is not None and self._better.done():
+        if self._better is not None and self._better.made.done():
             self._take_over()
         outputs = self._run(feeds)
         if self._checked is not None:
@@ -334,19 +355,24 @@ class Model:
             self._why.append(f"{variant.id}: optimized for this processor, from {cache.folder}")
         else:
             self._why.append(f"{variant.id}: being optimized for this processor, for {cache.folder}")
-            self._better = specialize_beside(self._bundle, variant, source, cache)
+            made = specialize_beside(self._bundle, variant, source, cache)
+            same = self._choice
+            self._better = _Better(
+                variant.id, made, lambda graph: (same, self._open(graph)), "optimized for this processor"
+            )
         return found
 
     def _take_over(self) -> None:
-        """Goes on with the optimized graph, which has been made meanwhile; runs under way end on the portable one."""
+        """Goes on with what has been made for this machine meanwhile; runs under way end on what served until now."""
         better, self._better = self._better, None
         if better is None or self._closed:  # another thread has done it
             return
         try:
-            self._session = self._open(better.result())
-            self._why.append(f"{self.variant}: optimized for this processor from now on")
+            self._choice, self._session = better.open(better.made.result())
+            self._batch = self._engine_batch() or self._batch
+            self._why.append(f"{better.name}: {better.what} from now on")
         except MemoptError as error:
-            self._why.append(f"{self.variant}: not optimized for this processor: {error}")
+            self._why.append(f"{better.name}: not {better.what}: {error}")
         if self._closed:
             self._session.close()
 
@@ -366,6 +392,50 @@ class Model:
         best = np.argsort(-probabilities, kind="stable")[:topk]
         labels = self.labels if len(self.labels) == len(probabilities) else [str(i) for i in range(len(probabilities))]
         return [Prediction(labels[i], float(probabilities[i])) for i in best]
+
+
+def _choose(
+    bundle: Bundle, cache: Cache | None, *, wait: bool, device: str, **asked: Any
+) -> tuple[Choice, Artifact | engine_rebuild.Underway | None]:
+    """The variant to run; and an engine to open in place of the bundle's, now or when it is built.
+
+    An engine that does not fit this machine is built anew where that can be: beside, while another variant serves, or
+    at once, where there is none to serve or the caller waits.
+    """
+    stale = engine_rebuild.find_stale(bundle) if cache is not None and device in ("auto", "tensorrt") else None
+    if cache is None or stale is None or asked["variant"] not in (None, stale.variant):
+        return choose(bundle, device=device, **asked), None
+    try:
+        choice = choose(bundle, device=device, **asked)
+    except BackendError as error:
+        try:
+            artifact = engine_rebuild.find_or_build(stale, bundle, cache)
+        except MemoptError as failure:
+            raise BackendError(f"{error.problem}; {stale.variant} cannot be built anew: {failure}") from error
+        return engine_rebuild.choice_of(bundle, artifact), artifact
+    if choice.variant.engine is not None:
+        return choice, None
+    found = engine_rebuild.find_or_build(stale, bundle, cache) if wait else engine_rebuild.find(stale, cache)
+    if found is None:
+        why = f"{stale.variant}: being built anew for {stale.gpu}, for {cache.folder}"
+        return replace(choice, why=(*choice.why, why)), engine_rebuild.build_beside(stale, bundle, cache)
+    rebuilt, limit = engine_rebuild.choice_of(bundle, found), asked["memory_limit"]
+    if limit is not None and (rebuilt.need_bytes is None or rebuilt.need_bytes > limit):
+        why = f"{stale.variant}, built anew: needs {show_size(rebuilt.need_bytes)}, the limit is {show_size(limit)}"
+        return replace(choice, why=(*choice.why, why)), None
+    return replace(rebuilt, why=(*choice.why[:-1], *rebuilt.why)), found
+
+
+def _runtime(choice: Choice, cache: Cache | None) -> Runtime:
+    runtime = RUNTIMES[choice.runtime]
+    return replace(runtime, kernels=cache.folder) if isinstance(runtime, TrtRuntime) and cache is not None else runtime
+
+
+def _open_engine(
+    bundle: Bundle, cache: Cache | None, how: Mapping[str, Any], artifact: Artifact
+) -> tuple[Choice, Session]:
+    choice = engine_rebuild.choice_of(bundle, artifact)
+    return choice, _runtime(choice, cache).open(artifact, device=choice.device, **how)
 
 
 def _pool_within(limit_bytes: int, choice: Choice) -> MemoryPool | None:

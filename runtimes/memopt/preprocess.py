@@ -72,6 +72,15 @@ def split_steps(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Step, ..
     return tuple(steps[:count]), tuple(steps[count:])
 
 
+def without_numbers(steps: Sequence[Step]) -> tuple[dict[str, Any], ...]:
+    """The steps for a model that takes uint8: without scale and normalize.
+
+    >>> without_numbers([{"op": "scale", "factor": 0.5}, {"op": "layout", "to": "NCHW"}])
+    ({'op': 'layout', 'to': 'NCHW'},)
+    """
+    return tuple(dict(step) for step in steps if step["op"] not in ("scale", "normalize"))
+
+
 def prepare_file(path: Path, steps: Sequence[Step]) -> Array:
     """Model input of batch 1 from a picture file; see `memopt.image.read_image` for the formats."""
     return prepare(read_image(path)[None], steps)

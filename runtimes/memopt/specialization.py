@@ -7,6 +7,8 @@ where kernels want them so, are written to files that later loads map as they li
     CACHE/0123…ef/              an entry, named by what it was made from and for
         entry.json              what that is, and the sha256 of the other files
         graph.onnx, weights.data
+    CACHE/89ab…01/              an engine built anew on this machine (see `memopt.engine_rebuild`)
+    CACHE/4567…cd.kernels       what TensorRT-RTX has compiled (see `memopt.kernel_file`)
     CACHE/0123…ef.lock          whoever makes the entry has it locked
 
 Nothing is taken from a cache that others could write to, from an entry that was made for something else, or from files
@@ -29,7 +31,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -76,6 +78,14 @@ class Source:
         return hashlib.sha256(to_json(self).encode()).hexdigest()
 
 
+class Keyed(Protocol):
+    """Whatever names an entry."""
+
+    @property
+    def key(self) -> str:
+        """64 hex digits."""
+
+
 @dataclass(frozen=True)
 class _Entry:
     """What stands in entry.json."""
@@ -103,21 +113,31 @@ class Cache:
         Raises:
             IntegrityError: others can write here, or the entry was damaged, and has been removed.
         """
+        with self.reading(source) as folder:
+            return _read_entry(folder, source, name, verify=verify) if folder is not None else None
+
+    @contextlib.contextmanager
+    def reading(self, source: Keyed) -> Iterator[Path | None]:
+        """The folder of the entry; None when there is none. What turns out damaged in the block is removed.
+
+        Raises:
+            IntegrityError: others can write here, or the entry was damaged.
+        """
         folder = self.folder / source.key
         if not folder.exists():
-            return None
+            yield None
+            return
         self._check_owner()
         try:
-            found = _read_entry(folder, source, name, verify=verify)
+            yield folder
         except (IntegrityError, InputRefused, OSError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise IntegrityError(f"{folder} was damaged and is removed: {first_line(error)}") from error
         with contextlib.suppress(OSError):  # a read-only cache has no order of use
             os.utime(folder / _ENTRY)
-        return found
 
     @contextlib.contextmanager
-    def making(self, source: Source) -> Iterator[Path | None]:
+    def making(self, source: Keyed) -> Iterator[Path | None]:
         """A folder to write the entry's files into, which becomes the entry; None when somebody else makes it.
 
         Raises:
@@ -149,13 +169,24 @@ class Cache:
             with contextlib.suppress(OSError):  # another process may evict as well
                 size_bytes = sum(file.stat().st_size for file in entry.parent.iterdir())
                 entries.append((entry.stat().st_mtime_ns, size_bytes, entry.parent))
+        for kernels in self.folder.glob("[0-9a-f]*.kernels"):  # see memopt.kernel_file
+            with contextlib.suppress(OSError):
+                status = kernels.stat()
+                entries.append((status.st_mtime_ns, status.st_size, kernels))
         total_bytes = sum(size_bytes for _, size_bytes, _ in entries)
         for _, size_bytes, folder in sorted(entries):
             if total_bytes <= self.limit_bytes:
                 break
             if folder != keep:
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
                 total_bytes -= size_bytes
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)
 
 
 def default_cache() -> Cache | None:

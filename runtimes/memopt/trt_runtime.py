@@ -11,59 +11,60 @@ import logging
 import math
 import platform
 import sys
-import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module, metadata
-from typing import Any, ClassVar, Generic, TypeVar
+from importlib import metadata
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from memopt.arena import MemoryPool
-from memopt.artifact import Artifact, release_pages
-from memopt.cuda_driver import LIBRARY, DeviceBuffer, Driver, HostBuffer, Stream, open_driver
-from memopt.errors import BackendError, InputRefused, OutOfResource, first_line
-from memopt.manifest import EngineInfo, Profile
+from memopt.artifact import Artifact
+from memopt.cuda_driver import LIBRARY, DeviceBuffer, Driver, HostBuffer, Recording, Stream, open_driver
+from memopt.device_arena import DeviceArena, Grown
+from memopt.errors import BackendError, OutOfResource
+from memopt.kernel_file import KernelFile
+from memopt.manifest import EngineInfo
+from memopt.ort_options import profile_named
 from memopt.sizes import show_size
 from memopt.tensors import Array, TensorSpec, check_feeds
+from memopt.trt_engine import Engine, Shapes
+from memopt.trt_library import TITLES, import_library, module_name, not_installed
 
 logger = logging.getLogger(__name__)
 
-TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 # What `--target` may name: TensorRT builds for the GPU it finds, TensorRT-RTX for any of its list.
 TARGETS = {
     "tensorrt": ("local",),
     "tensorrt-rtx": ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121", "local"),
 }
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}  # what others call them -> what Linux calls them
-# TensorRT's name of a dtype -> ours: those that numpy has.
-_DTYPES = {
-    "FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "INT8": "int8", "UINT8": "uint8",
-    "BOOL": "bool",
-}  # fmt: skip
-
-Shapes = dict[str, tuple[int, ...]]
-Buffer = TypeVar("Buffer", DeviceBuffer, HostBuffer)
 
 
 @dataclass(frozen=True)
 class TrtRuntime:
-    """The runtime of one flavor, "tensorrt" or "tensorrt-rtx"."""
+    """The runtime of one flavor, "tensorrt" or "tensorrt-rtx".
+
+    Attributes:
+        NAME: the flavor.
+        cuda_library: the driver's.
+        kernels: a folder of this user's, where TensorRT-RTX keeps what it compiles in the first runs; None: nowhere.
+    """
 
     NAME: str
     cuda_library: str = LIBRARY
+    kernels: Path | None = None
     DEVICES: ClassVar[tuple[str, ...]] = ("cuda",)
 
     def version(self) -> str | None:
         """The library's version; None when it is not installed. Nothing is imported for it."""
-        loaded = sys.modules.get(_module(self.NAME))
+        loaded = sys.modules.get(module_name(self.NAME))
         if loaded is not None:
             return str(loaded.__version__)
         try:
-            return metadata.version(_module(self.NAME)).partition(".post")[0]  # 10.7.0.post1 calls itself 10.7.0
+            return metadata.version(module_name(self.NAME)).partition(".post")[0]  # 10.7.0.post1 calls itself 10.7.0
         except metadata.PackageNotFoundError:
             return None
 
@@ -100,7 +101,11 @@ class TrtRuntime:
         self, artifact: Artifact, *, device: str = "cuda", threads: int = 0, profile: str = "balanced",
         pool: MemoryPool | None = None,
     ) -> TrtSession:  # fmt: skip
-        """A session; see `memopt.session.Runtime.open`. Threads, profile and pool mean nothing here: engines are built.
+        """A session; see `memopt.session.Runtime.open`. Threads mean nothing here: engines are built.
+
+        Profile "fast" launches runs that repeat as one CUDA graph, which takes some device memory of its own.
+
+        Engines of one pool run in turn in one activation memory, as large as the hungriest of them needs.
 
         Raises:
             BackendError: not available here, or the engine does not fit library, platform or GPU.
@@ -109,13 +114,24 @@ class TrtRuntime:
         reason = self.refuses(artifact) or self.unavailable(device)
         if reason:
             raise BackendError(reason)
+        profile_named(profile)
         driver = open_driver(self.cuda_library)
         _refuse_without_memory(artifact, driver)
         trt = import_library(self.NAME)
         release = ".".join(str(trt.__version__).split(".")[:3])
         placement = f"{TITLES[self.NAME]} {release} on {driver.name} ({driver.sm})"
         with driver.current():
-            return TrtSession(_Engine(trt, artifact), driver, placement=placement)
+            arena = pool.device_arena(driver) if pool is not None else DeviceArena(driver)
+            records = profile == "fast" and self.NAME == "tensorrt"  # TensorRT-RTX records by itself
+            kept = self._kernel_file(artifact, driver)
+            engine = Engine(trt, artifact, profile, compiled=kept.read() if kept else None)
+            return TrtSession(engine, driver, arena, placement=placement, records=records, kept=kept)
+
+    def _kernel_file(self, artifact: Artifact, driver: Driver) -> KernelFile | None:
+        """Where the compiled kernels of this engine on this GPU and driver are kept."""
+        if self.kernels is None or self.NAME != "tensorrt-rtx":
+            return None
+        return KernelFile.of(self.kernels, artifact.engine, driver.name, driver.uuid, driver.version)
 
     def _other_flavor(self, info: EngineInfo) -> str | None:
         return f"was built by {info.flavor}, this is {self.NAME}" if info.flavor != self.NAME else None
@@ -141,12 +157,15 @@ class TrtRuntime:
             return None
         return f"needs {' or '.join(info.targets)}, this GPU ({driver.name}) is {driver.sm}"
 
+    def local_target(self) -> tuple[str, str, str]:
+        """Flavor and target to build for on this machine, and the GPU's name; to be asked where there is a driver."""
+        driver = open_driver(self.cuda_library)
+        known = driver.sm in TARGETS[self.NAME]
+        return (self.NAME, driver.sm, driver.name) if known else ("tensorrt", "local", driver.name)
+
     def _rebuild(self, info: EngineInfo) -> str:
         """The command that makes an engine for this GPU, or for the same ones where no GPU is known."""
-        driver = self._driver()
-        flavor, target = self.NAME, driver.sm if driver else ",".join(info.targets)
-        if driver and driver.sm not in TARGETS[flavor]:
-            flavor, target = "tensorrt", "local"
+        flavor, target = self.local_target()[:2] if self._driver() else (self.NAME, ",".join(info.targets))
         return f"memopt-export engine MODEL.onnx --flavor {flavor} --target {target}"
 
     def _driver(self) -> Driver | None:
@@ -161,23 +180,30 @@ TENSORRT_RTX = TrtRuntime("tensorrt-rtx")
 
 
 class TrtSession:
-    """An open engine with one execution context. Threads may share it; their runs take turns."""
+    """An open engine with one execution context. Threads may share it; runs in one arena take turns."""
 
-    def __init__(self, engine: _Engine, driver: Driver, *, placement: str) -> None:
+    def __init__(
+        self, engine: Engine, driver: Driver, arena: DeviceArena, *, placement: str, records: bool = False,
+        kept: KernelFile | None = None,
+    ) -> None:  # fmt: skip
         self.inputs, self.outputs = engine.inputs, engine.outputs
         self.placement = placement
         self._name = engine.name
-        self._engine: _Engine | None = engine
+        self._engine: Engine | None = engine
         self.device_method = "TensorRT's sizes of weights and activations, and the buffers of inputs and outputs"
         self._driver = driver
-        self._lock = threading.Lock()
-        self._profile: int | None = None  # the one that the context is set to
+        self._arena = arena
+        self._profile: tuple[int, DeviceBuffer] | None = None  # that the context is set to, and the memory it was given
+        self._shapes: Shapes | None = None  # that it is set to
+        self._kept = kept
+        self._repeated: _Repeated | None = None
         self._held = ExitStack()
         try:
             self._stream = driver.stream()
             self._held.callback(driver.free, self._stream)
-            self._activations = _Grown(driver, driver.device_buffer)
-            self._held.callback(self._activations.free)
+            self._held.enter_context(arena.member())
+            if records:
+                self._repeated = _Repeated(driver, self._stream)
             self._ports = {spec.name: _Port(driver, spec) for spec in self.inputs + self.outputs}
             for port in self._ports.values():
                 self._held.callback(port.free)
@@ -188,14 +214,17 @@ class TrtSession:
 
     @property
     def device_bytes(self) -> int | None:
-        """Device memory that the session holds: weights, activations, inputs and outputs. None: weights unknown."""
+        """Device memory that the session holds: weights, activations, inputs and outputs. None: weights unknown.
+
+        Activations that it shares with others of its pool count in each of them.
+        """
         engine = self._engine
         if engine is None:
             return 0
         if engine.weights_bytes is None:
             return None
         ports = sum(port.device_bytes for port in self._ports.values())
-        return engine.weights_bytes + self._activations.size_bytes + ports
+        return engine.weights_bytes + self._arena.size_bytes + ports
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs, in order; see `memopt.session.Session.run`.
@@ -204,7 +233,7 @@ class TrtSession:
             InputRefused: also when the batch lies outside every profile of the engine.
             OutOfResource: the device has no memory for a profile of this size.
         """
-        with self._lock, self._driver.current():
+        with self._arena.turn(), self._driver.current():
             engine = self._engine
             if engine is None:
                 raise BackendError(f"{self._name} is closed")
@@ -212,159 +241,111 @@ class TrtSession:
             self._prepare(engine, {spec.name: feeds[spec.name].shape for spec in self.inputs})
             for spec in self.inputs:
                 self._ports[spec.name].send(feeds[spec.name], self._stream)
-            engine.execute(self._stream)
+            self._execute(engine)
             outputs = [self._ports[spec.name] for spec in self.outputs]
             for port in outputs:
                 port.fetch(self._stream)
             self._driver.synchronize(self._stream)
             return [port.array() for port in outputs]
 
+    def _keep(self, engine: Engine) -> None:
+        compiled = engine.compiled() if self._kept is not None else None
+        if self._kept is not None and compiled is not None:
+            self._kept.write(compiled)
+
+    def _forget(self) -> None:
+        if self._repeated is not None:
+            self._repeated.free()
+
+    def _execute(self, engine: Engine) -> None:
+        if self._repeated is None:
+            engine.execute(self._stream)
+            return
+        places = tuple(port.place for port in self._ports.values())
+        self._repeated.execute((self._profile, places), lambda: engine.execute(self._stream))
+
     def trim(self) -> None:
         """Frees activations, inputs and outputs; the next run takes them anew."""
-        with self._lock:
-            self._profile = None
-            self._activations.free()
+        with self._arena.turn():
+            self._profile = self._shapes = None
+            self._forget()
+            self._arena.free()
+            if self._engine is not None:
+                with self._driver.current():
+                    self._keep(self._engine)
             for port in self._ports.values():
                 port.free()
 
     def close(self) -> None:
         """Frees the engine and all buffers; a later run raises BackendError. Closing twice is harmless."""
-        with self._lock:
+        with self._arena.turn():
             engine, self._engine = self._engine, None
             try:
                 if engine is not None:
                     with self._driver.current():
+                        self._forget()
+                        self._keep(engine)
                         engine.close()  # before the memory it uses
             finally:
                 self._held.close()
 
-    def _prepare(self, engine: _Engine, shapes: Shapes) -> None:
-        """Sets profile, shapes and addresses, and makes room for them."""
-        self._use_profile(engine, engine.profile_for(shapes))
+    def _prepare(self, engine: Engine, shapes: Shapes) -> None:
+        """Sets profile, shapes and addresses, and makes room for them; what is set already stays."""
+        before, self._shapes = self._shapes, None  # should anything fail below, the next run starts from here again
+        switched = self._use_profile(engine, engine.profile_for(shapes))
+        if switched or shapes != before:
+            self._set_shapes(engine, shapes)
+        self._shapes = shapes
+
+    def _set_shapes(self, engine: Engine, shapes: Shapes) -> None:
         for name, shape in {**shapes, **engine.set_shapes(shapes)}.items():
             engine.set_address(name, self._ports[name].reserve(shape))
 
-    def _use_profile(self, engine: _Engine, index: int) -> None:
-        if index == self._profile:
+    def _use_profile(self, engine: Engine, index: int) -> bool:
+        """Whether the context had another profile or memory before."""
+        before, self._profile = self._profile, None  # should memory run out, the next run starts from here again
+        memory = self._arena.at_least(engine.activation_bytes[index])
+        if before != (index, memory):  # another engine of the pool may have grown or freed it
+            engine.set_profile(index, memory, self._stream)
+        self._profile = index, memory
+        return before != self._profile
+
+
+class _Repeated:
+    """Runs that repeat: the first of a kind is the library's own, which it wants before anything is recorded; the
+    second is recorded as a CUDA graph, and from then on that is launched. One graph at a time: a context that changes
+    its shapes changes memory that older graphs use.
+    """
+
+    def __init__(self, driver: Driver, stream: Stream) -> None:
+        self._driver = driver
+        self._stream = stream
+        self._kind: object = None
+        self._recording: Recording | None = None
+        self._can_record = True
+
+    def execute(self, kind: object, work: Callable[[], None]) -> None:
+        """Queues the work; equal kinds are equal work in the same places."""
+        if kind != self._kind or not self._can_record:
+            self.free()
+            work()
+            self._kind = kind
             return
-        self._profile = None  # should memory run out below, the next run starts from here again
-        memory = self._activations.at_least(engine.activation_bytes[index])
-        engine.set_profile(index, memory, self._stream)
-        self._profile = index
+        if self._recording is None:
+            try:
+                self._recording = self._driver.record(self._stream, work)
+            except BackendError as error:
+                logger.info("runs are not recorded: %s", error)
+                self._can_record = False
+                work()
+                return
+        self._driver.launch(self._recording, self._stream)
 
-
-class _Engine:
-    """An engine in the library, with one execution context: the only place that speaks TensorRT."""
-
-    def __init__(self, trt: Any, artifact: Artifact) -> None:
-        self.name = artifact.name
-        self._log = library_log(trt)
-        self._log.lines.clear()
-        self._runtime = trt.Runtime(self._log)
-        if self._log.errors():  # tensorrt_lean 11.4 hands out an object all the same, whose next call crashes
-            raise BackendError(f"the library does not start: {'; '.join(self._log.errors())}")
-        self._engine = self._runtime.deserialize_cuda_engine(artifact.data)
-        self._require(self._engine is not None, "cannot be opened")
-        release_pages(artifact.data)
-        self.inputs = self._specs(trt, trt.TensorIOMode.INPUT)
-        self.outputs = self._specs(trt, trt.TensorIOMode.OUTPUT)
-        self.activation_bytes = self._read_activation_bytes()
-        self.profiles = self._read_profiles()
-        self.weights_bytes = self._read_weights_bytes(trt, artifact)
-        self._context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        self._require(self._context is not None, "has no execution context")
-
-    def profile_for(self, shapes: Shapes) -> int:
-        """The index of the profile that takes the least memory among those that cover the shapes."""
-        batches = {shapes[spec.name][0] for spec in self.inputs if spec.shape and isinstance(spec.shape[0], str)}
-        if len(batches) > 1:
-            raise InputRefused(f"the inputs of {self.name} have different batches: {sorted(batches)}")
-        for index, profile in self.profiles.items():
-            if _covers(profile, shapes):
-                return index
-        have = ", ".join(
-            f"{low}..{high}" for low, high in sorted(profile.batches for profile in self.profiles.values())
-        )
-        raise InputRefused(
-            f"batch {shapes[self.inputs[0].name][0]} is outside the profiles of {self.name}, which cover {have}",
-            hint="split the batch, or memopt-export engine MODEL.onnx --batch MIN,OPT,MAX",
-        )
-
-    def set_profile(self, index: int, memory: DeviceBuffer, stream: Stream) -> None:
-        """Switches the context to the profile, with this memory for its activations."""
-        done = self._context.set_optimization_profile_async(index, stream.handle)
-        self._require(done, f"cannot switch to profile {index}")
-        self._context.set_device_memory(memory.handle, memory.size_bytes)
-
-    def set_shapes(self, shapes: Shapes) -> Shapes:
-        """Sets the inputs' shapes; the outputs' shapes follow from them."""
-        for name, shape in shapes.items():
-            self._require(self._context.set_input_shape(name, shape), f"refuses shape {shape} of {name!r}")
-        try:
-            self._context.infer_shapes()
-        except RuntimeError as error:
-            raise BackendError(f"{self.name} has no output shapes for {shapes}: {first_line(error)}") from error
-        outputs = {spec.name: tuple(self._context.get_tensor_shape(spec.name)) for spec in self.outputs}
-        for name, shape in outputs.items():
-            if min(shape, default=0) < 0:
-                raise BackendError(f"output {name!r} of {self.name} has a shape that depends on the data: {shape}")
-        return outputs
-
-    def set_address(self, name: str, buffer: DeviceBuffer) -> None:
-        """Where the input or output lies."""
-        self._require(self._context.set_tensor_address(name, buffer.handle), f"refuses the address of {name!r}")
-
-    def execute(self, stream: Stream) -> None:
-        """Queues one run."""
-        self._log.lines.clear()
-        self._require(self._context.execute_async_v3(stream.handle), "failed")
-
-    def close(self) -> None:
-        """Lets the library free all it holds, in the order it wants."""
-        del self._context
-        del self._engine
-        del self._runtime
-
-    def _require(self, done: bool, problem: str) -> None:
-        if not done:
-            reason = "; ".join(self._log.errors()) or "the library does not say why"
-            raise BackendError(f"{self.name} {problem}: {reason}")
-
-    def _specs(self, trt: Any, mode: Any) -> tuple[TensorSpec, ...]:
-        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        return tuple(self._spec(trt, name) for name in names if self._engine.get_tensor_mode(name) == mode)
-
-    def _spec(self, trt: Any, name: str) -> TensorSpec:
-        dtype, place = self._engine.get_tensor_dtype(name), self._engine.get_tensor_location(name)
-        if dtype.name not in _DTYPES or place != trt.TensorLocation.DEVICE:  # a shape tensor lies in host memory
-            raise BackendError(f"{name!r} of {self.name} cannot be a numpy array: {dtype.name} in {place.name} memory")
-        shape = enumerate(self._engine.get_tensor_shape(name))
-        dims = tuple(dim if dim >= 0 else "batch" if i == 0 else f"{name}_{i}" for i, dim in shape)
-        return TensorSpec(name, _DTYPES[dtype.name], dims)
-
-    def _read_activation_bytes(self) -> dict[int, int]:
-        """Of each profile, by index, the smallest first; from the library, which always knows."""
-        sizes = {
-            index: int(self._engine.get_device_memory_size_for_profile_v2(index))
-            for index in range(self._engine.num_optimization_profiles)
-        }
-        return dict(sorted(sizes.items(), key=lambda entry: entry[1]))
-
-    def _read_profiles(self) -> dict[int, Profile]:
-        """By index, the one with the smallest activation memory first."""
-        return {index: self._profile(index) for index in self.activation_bytes}
-
-    def _profile(self, index: int) -> Profile:
-        shapes = {spec.name: self._engine.get_tensor_profile_shape(spec.name, index) for spec in self.inputs}
-        low, best, high = ({name: tuple(three[i]) for name, three in shapes.items()} for i in range(3))
-        return Profile(low, best, high, self.activation_bytes[index])
-
-    def _read_weights_bytes(self, trt: Any, artifact: Artifact) -> int | None:
-        """From the engine where the library can tell (not before TensorRT 10.16), else from the manifest."""
-        if hasattr(self._engine, "get_engine_stat"):
-            size_bytes = int(self._engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE))
-            return size_bytes if size_bytes >= 0 else None  # -1: it cannot
-        return artifact.engine.weights_bytes if artifact.engine else None
+    def free(self) -> None:
+        """Forgets the graph."""
+        recording, self._recording, self._kind = self._recording, None, None
+        if recording is not None:
+            self._driver.free(recording)
 
 
 class _Port:
@@ -373,8 +354,8 @@ class _Port:
     def __init__(self, driver: Driver, spec: TensorSpec) -> None:
         self._driver = driver
         self._spec = spec
-        self._device = _Grown(driver, driver.device_buffer)
-        self._staging = _Grown(driver, driver.host_buffer)
+        self._device = Grown(driver, driver.device_buffer)
+        self._staging = Grown(driver, driver.host_buffer)
         self._shape: tuple[int, ...] = ()
         self._size_bytes = 0
 
@@ -382,6 +363,11 @@ class _Port:
     def device_bytes(self) -> int:
         """Bytes held on the device."""
         return self._device.size_bytes
+
+    @property
+    def place(self) -> tuple[int, tuple[int, ...]]:
+        """Address and shape."""
+        return self._buffers()[0].handle, self._shape
 
     def reserve(self, shape: tuple[int, ...]) -> DeviceBuffer:
         """The place for a tensor of this shape."""
@@ -416,81 +402,10 @@ class _Port:
         return host.array[: self._size_bytes].view(self._spec.dtype).reshape(self._shape)
 
 
-class _Grown(Generic[Buffer]):
-    """One buffer, replaced by a larger one when more is asked for than it holds."""
-
-    def __init__(self, driver: Driver, take: Callable[[int], Buffer]) -> None:
-        self._driver = driver
-        self._take: Callable[[int], Buffer] = take
-        self._buffer: Buffer | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes held; 0 before the first use."""
-        return self._buffer.size_bytes if self._buffer else 0
-
-    def at_least(self, size_bytes: int) -> Buffer:
-        """The buffer. A larger one is taken after the smaller is freed, so that both never count at once."""
-        if self._buffer is None or self._buffer.size_bytes < size_bytes:
-            self.free()
-            self._buffer = self._take(size_bytes)
-        return self._buffer
-
-    def free(self) -> None:
-        """Gives the buffer back."""
-        buffer, self._buffer = self._buffer, None
-        if buffer is not None:
-            self._driver.free(buffer)
-
-
-def import_library(flavor: str) -> Any:
-    """The module `tensorrt` or `tensorrt_rtx`.
-
-    Raises:
-        BackendError: not installed, or one of its shared libraries is missing.
-    """
-    try:
-        return import_module(_module(flavor))
-    except (ImportError, OSError) as error:  # OSError: libnvinfer.so.N
-        if isinstance(error, ModuleNotFoundError) and error.name == _module(flavor):
-            raise BackendError(not_installed(flavor)) from error
-        raise BackendError(f"{_module(flavor)} cannot be imported: {first_line(error)}") from error
-
-
-def not_installed(flavor: str) -> str:
-    """The reason, with what to type."""
-    return f"{TITLES[flavor]} is not installed; hint: pip install 'memopt[{flavor}]'"
-
-
-@cache
-def library_log(trt: Any) -> Any:
-    """The log of one library in this process: TensorRT writes to the first it is given, whatever comes later."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]  # the library has no types
-        def __init__(self) -> None:
-            super().__init__()
-            self.lines: deque[tuple[str, str]] = deque(maxlen=10_000)  # (severity, message)
-
-        def log(self, severity: Any, message: str) -> None:
-            logger.debug("%s: %s", severity.name, message)
-            if severity.name != "VERBOSE":
-                self.lines.append((severity.name, message))
-
-        def errors(self) -> list[str]:
-            """What the library complained about since `lines` were cleared."""
-            return [text for severity, text in list(self.lines) if severity in ("ERROR", "INTERNAL_ERROR")]
-
-    return Log()
-
-
 def this_platform() -> tuple[str, str]:
     """Operating system and processor as EngineInfo names them, such as ("linux", "x86_64")."""
     machine = platform.machine().lower()
     return platform.system().lower(), _MACHINES.get(machine, machine)
-
-
-def _module(flavor: str) -> str:
-    return flavor.replace("-", "_")
 
 
 def _refuse_without_memory(artifact: Artifact, driver: Driver) -> None:
@@ -513,12 +428,3 @@ def _smallest_activation_bytes(info: EngineInfo) -> int | None:
     sizes = [profile.activation_bytes for profile in info.profiles]
     known = [size for size in sizes if size is not None]
     return min(known) if known and len(known) == len(sizes) else None
-
-
-def _covers(profile: Profile, shapes: Shapes) -> bool:
-    """Whether every dimension of every input lies within the profile."""
-    return all(
-        low <= size <= high
-        for name, shape in shapes.items()
-        for low, size, high in zip(profile.min[name], shape, profile.max[name], strict=True)
-    )

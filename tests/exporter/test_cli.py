@@ -20,6 +20,7 @@ from memopt_export import cli
 from memopt_export.graph import Graph, save_graph
 from memopt_export.pack import Contents, pack
 from memopt_export.signing import generate
+from memopt_models.checkpoint import read_metadata
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_graph: Graph, tiny_bun
 
 
 COMMANDS = (
-    "compare", "distill", "doctor", "engine", "export", "inspect", "keygen", "pack", "pipeline", "plan", "prune",
+    "compare", "distill", "doctor", "engine", "export", "inspect", "keygen", "pack", "pipeline", "plan", "prune", "qat",
     "quantize", "run", "simplify", "train", "verify",
 )  # fmt: skip
 
@@ -165,6 +166,10 @@ REFUSED = [
     (("export", "no.such:module", "--data", "digits", "-o", "x.onnx"), 2, "no.such"),
     (("train", "--network", "simple_cmn", "-o", "x.safetensors"), 2, "simple_cnn"),
     (("train", "--epochs", "0", "-o", "x.safetensors"), 2, "epochs is 0"),
+    (("train", "--batch-size", "some", "-o", "x.safetensors"), 2, "'some' is neither a positive number nor auto"),
+    (("train", "--accumulate", "65", "-o", "x.safetensors"), 2, "a batch of 64 has not so many parts"),
+    (("train", "--precision", "fp8", "-o", "x.safetensors"), 2, "precision 'fp8' is not known"),
+    (("train", "--max-memory", "much", "-o", "x.safetensors"), 2, "'much' is not a size"),
     (("train", "--setting", "width", "-o", "x.safetensors"), 2, "--setting 'width' is not NAME=VALUE"),
     (("prune", "none.safetensors", "--ratio", "1.5", "-o", "x.safetensors"), 2, "ratio is 1.5"),
     (("pipeline", "nope"), 3, "recipe 'nope' is no file"),
@@ -427,6 +432,26 @@ def test_a_no_without_a_result_is_a_document_with_json(
     answer = type_(*words)
     assert answer.code == 1
     assert json.loads(answer.out)["error"]["exit_code"] == 1
+
+
+def test_a_training_says_what_it_holds_and_its_checkpoint_how_it_was_made(
+    type_: Callable[..., Answer], tmp_path: Path
+) -> None:
+    output = tmp_path / "x.safetensors"
+    options = ("--batch-size", "auto", "--accumulate", 2, "--precision", "bf16", "--checkpointing", "blocks")
+    answer = type_("train", "--epochs", 1, "--threads", 1, *options, "--max-memory", "64GiB", "-o", output)
+    assert answer.code == 0
+    assert re.search(r"train epoch 1/1  loss .* validation .*  peak \d+", answer.err)
+    (stage,) = read_metadata(output)["lineage"]
+    used = stage["settings"]
+    assert (used["batch_size"], used["accumulate"], used["precision"], used["checkpointing"]) == (
+        64,
+        2,
+        "bf16",
+        "blocks",
+    )
+    assert used["max_memory_bytes"] == 64 * 2**30
+    assert len(used["memory"]["peak_bytes"]["train"]) == 1
 
 
 def test_a_checkpoint_cannot_name_code_to_run(type_: Callable[..., Answer], tmp_path: Path, monkeypatch) -> None:

@@ -100,6 +100,13 @@ def pretend(monkeypatch, program):
     monkeypatch.setattr(tensorrt_engine, "flavors_available", lambda: {"tensorrt-rtx": None})
 
 
+def test_weights_of_an_engine_that_can_stream_them_lie_apart(onnx_data, engine):
+    streaming = build(onnx_data, replace(SM86, weight_streaming=True))
+    assert read_header(engine.data).weights_bytes > 0
+    assert read_header(streaming.data).weights_bytes == 0
+    assert streaming.info.weights_bytes == engine.info.weights_bytes
+
+
 # ---- Settings.
 
 

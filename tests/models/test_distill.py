@@ -10,8 +10,9 @@ from torch.nn import functional
 from memopt.errors import InputRefused, UsageError
 from memopt_models.checkpoint import Checkpoint
 from memopt_models.data import DataSet
-from memopt_models.distill import DistillSettings, distill, soft_target_loss
-from memopt_models.train import Progress, TrainSettings, train
+from memopt_models.distill import DistillSettings, distill, soft_target_loss, taught, trainee
+from memopt_models.networks import build
+from memopt_models.train import Progress, TrainSettings, fit_module, train
 
 ONE = TrainSettings(epochs=1, learning_rate=1e-2)
 TINY = {"width": 2, "depth": 1}
@@ -63,7 +64,8 @@ def test_student_can_go_on_from_a_checkpoint(dense: Checkpoint, student: Checkpo
 def test_progress_names_both_trainings(dense: Checkpoint, few: DataSet) -> None:
     seen: list[Progress] = []
     distill(dense, "ds_cnn", TINY, few, DistillSettings(replace(ONE, batch_size=256)), on_step=seen.append)
-    assert [progress.stage for progress in seen] == ["distilled", "plain"]
+    steps = [progress.stage for progress in seen if not progress.note]
+    assert steps == ["plain", "distilled"]  # in this order the teacher is held against the plain student first
 
 
 def test_student_prepares_its_inputs_as_its_teacher(dense: Checkpoint, student: Checkpoint, few: DataSet) -> None:
@@ -75,6 +77,59 @@ def test_student_prepares_its_inputs_as_its_teacher(dense: Checkpoint, student: 
     assert str(raised.value) == (
         "start and teacher prepare their inputs differently; hint: train both on the same data"
     )
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_teacher_worse_than_the_plain_student_on_what_it_sees_is_warned_of(
+    dense: Checkpoint, few: DataSet, shift: int
+) -> None:
+    seen: list[Progress] = []
+    poor = replace(dense, state=dense.state | {n: dense.state[n].roll(1, 0) for n in ("fc2.weight", "fc2.bias")})
+    how = DistillSettings(replace(ONE, shift=shift, epochs=2))
+    student = distill(poor, "ds_cnn", {"width": 4, "depth": 2}, few, how, on_step=seen.append)
+    (warning,) = (progress.note for progress in seen if progress.note)
+    where = "pictures moved by up to 2 pixels" if shift else "validation"
+    right = {name: f"{100 * student.metrics[f'augmented_top1_{name}']:.2f}%" for name in ("teacher", "plain")}
+    assert warning == (
+        f"warning: the teacher is right for {right['teacher']} on {where}, the student without it {right['plain']}; "
+        f"train the teacher on with --shift {shift} first"
+    )
+    assert student.lineage[-1].settings["warning"] == warning
+
+
+def test_good_teacher_is_not_warned_of(student: Checkpoint) -> None:
+    assert student.metrics["augmented_top1_teacher"] >= student.metrics["augmented_top1_plain"]
+    assert "warning" not in student.lineage[-1].settings
+
+
+def test_teacher_is_judged_on_moved_pictures(dense: Checkpoint, few: DataSet) -> None:
+    moved = distill(dense, "ds_cnn", TINY, few, DistillSettings(replace(ONE, shift=6)))
+    assert moved.metrics["augmented_top1_teacher"] < dense.metrics["validation_top1"]
+
+
+def test_features_make_the_student_see_what_its_teacher_sees(dense: Checkpoint, few: DataSet) -> None:
+    how = DistillSettings(replace(ONE, epochs=3), alpha=0.0, features=("auto",), beta=5.0)
+    module, loss = taught(build("ds_cnn", TINY), dense.module(), how, (2, 1, 28, 28))
+    assert module.projections[0].weight.shape == (32, 4, 1, 1)  # to the channels of the teacher's conv2
+    inputs, labels = torch.randn(8, 1, 28, 28), torch.zeros(8, dtype=torch.long)
+    plain = functional.cross_entropy(module(inputs), labels)
+    before = loss(module(inputs), labels, inputs) - plain
+    fit_module(module, few, how.train, loss, stage="distilled")
+    after = loss(module(inputs), labels, inputs) - functional.cross_entropy(module(inputs), labels)
+    assert 0 < float(after.detach()) < float(before.detach())
+
+
+def test_student_taught_by_features_is_a_plain_network(dense: Checkpoint, few: DataSet) -> None:
+    how = DistillSettings(ONE, features=("block1=pool2", "fc=fc2"))
+    student = distill(dense, "ds_cnn", TINY, few, how)
+    assert student.module()(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+    assert list(student.lineage[-1].settings["features"]) == ["block1=pool2", "fc=fc2"]
+
+
+def test_probe_of_memory_trains_what_is_trained(dense: Checkpoint) -> None:
+    module, loss = trainee(dense, teacher=dense, seed=0, temperature=4.0, alpha=0.5, features=["auto"], beta=1.0)
+    inputs, labels = torch.randn(4, 1, 28, 28), torch.zeros(4, dtype=torch.long)
+    assert loss(module(inputs), labels, inputs).isfinite()
 
 
 def test_loss_is_the_formula_of_the_paper() -> None:
@@ -110,9 +165,11 @@ def test_teacher_does_not_learn() -> None:
         ({"temperature": float("inf")}, "temperature is inf, a positive number is needed; hint: --temperature 4"),
         ({"alpha": 1.1}, "alpha is 1.1, it lies between 0 and 1; hint: --alpha 0.5"),
         ({"alpha": float("nan")}, "alpha is nan, it lies between 0 and 1; hint: --alpha 0.5"),
+        ({"beta": 0.0}, "beta is 0.0, a positive number is needed; hint: --beta 1"),
+        ({"features": ("conv1=",)}, "features 'conv1=' name no two layers; hint: STUDENT=TEACHER, or auto"),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict[str, float], message: str) -> None:
+def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(UsageError) as raised:
         DistillSettings(ONE, **settings)
     assert str(raised.value) == message

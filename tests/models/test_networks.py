@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from memopt.errors import UsageError
@@ -51,6 +52,19 @@ def test_ds_cnn_is_depthwise_separable() -> None:
 def test_torchvision_model_takes_the_channels_of_the_data(in_channels: int) -> None:
     module = build("resnet18", {"classes": 7, "in_channels": in_channels}).eval()
     assert module(torch.zeros(1, in_channels, 32, 32)).shape == (1, 7)
+
+
+@pytest.mark.slow
+def test_every_torchvision_classifier_takes_other_channels_and_classes() -> None:
+    """On the meta device, which computes shapes alone. Regnets compute widths with values: two of them are real."""
+    for name in torchvision.models.list_models(module=torchvision.models):
+        real = name in ("regnet_x_400mf", "regnet_y_400mf")
+        if name.startswith("regnet") and not real:
+            continue
+        with torch.device("cpu" if real else "meta"), torch.no_grad():
+            module = build(name, {"classes": 3, "in_channels": 1}).eval()
+            side = 64 if real else 299 if name == "inception_v3" else 224
+            assert module(torch.zeros(2, 1, side, side)).shape == (2, 3), name
 
 
 def test_googlenet_answers_with_one_tensor_while_training() -> None:

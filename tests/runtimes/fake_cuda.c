@@ -12,15 +12,16 @@
 #define API __attribute__((visibility("default")))
 #define MOST 1024
 #define DEPTH 8
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_CONTEXT = 201, ILLEGAL_ADDRESS = 700 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_CONTEXT = 201, CAPTURED = 900, ILLEGAL_ADDRESS = 700 };
 
 typedef struct { void *address; size_t size; int kind; } Block;
 typedef struct { void *target; const void *source; size_t size; void *stream; } Copy;
-enum { DEVICE, HOST, STREAM, KINDS };
+enum { DEVICE, HOST, STREAM, GRAPH, KINDS };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Block blocks[MOST];
 static Copy copies[MOST];
+static void *captured; /* the stream whose work is recorded */
 static int copy_count, init_result, sync_result, device_count = 1, major = 8, minor = 6, contexts;
 static int allocations[KINDS];
 static size_t total = 1 << 30, used;
@@ -72,6 +73,7 @@ API void fake_flush(void *stream) {
 static int take(int kind, size_t size, void **address) {
   int result = OUT_OF_MEMORY;
   if (!fake_ready()) return INVALID_CONTEXT;
+  if (captured && kind != GRAPH) return CAPTURED;
   if (size == 0) return INVALID_VALUE;
   pthread_mutex_lock(&lock);
   if (size <= (kind == DEVICE ? total - used : total)) {
@@ -158,6 +160,37 @@ API int cuStreamSynchronize(void *stream) {
 }
 API int cuMemcpyHtoDAsync_v2(uint64_t target, const void *source, size_t size, void *stream) { return queue((void *)target, source, size, stream); }
 API int cuMemcpyDtoHAsync_v2(void *target, uint64_t source, size_t size, void *stream) { return queue(target, (void *)source, size, stream); }
+
+/* A stream that is captured; what a graph does when it is launched lies with the test. */
+static int launches, capture_result;
+static void (*on_launch)(void *);
+API void *fake_captured(void) { return captured; }
+API int fake_launches(void) { return launches; }
+API void fake_set_capture_result(int code) { capture_result = code; }
+API void fake_set_on_launch(void (*call)(void *)) { on_launch = call; }
+API int cuStreamBeginCapture_v2(void *stream, int mode) {
+  if (!fake_ready()) return INVALID_CONTEXT;
+  if (captured || mode != 1) return INVALID_VALUE;
+  captured = stream;
+  return SUCCESS;
+}
+API int cuStreamEndCapture(void *stream, void **graph) {
+  if (captured != stream) return INVALID_VALUE;
+  captured = NULL, *graph = NULL;
+  return capture_result ? capture_result : take(GRAPH, 1, graph);
+}
+API int cuGraphInstantiateWithFlags(void **executable, void *graph, uint64_t flags) {
+  return graph && !flags ? take(GRAPH, 1, executable) : INVALID_VALUE;
+}
+API int cuGraphDestroy(void *graph) { return graph ? give_back(GRAPH, graph) : INVALID_VALUE; }
+API int cuGraphExecDestroy(void *executable) { return give_back(GRAPH, executable); }
+API int cuGraphLaunch(void *executable, void *stream) {
+  if (!fake_ready() || captured) return INVALID_CONTEXT;
+  launches++;
+  fake_flush(stream);
+  on_launch(executable);
+  return SUCCESS;
+}
 
 API int cuGetErrorName(int code, const char **name) {
   *name = code == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : code == NO_DEVICE ? "CUDA_ERROR_NO_DEVICE"

@@ -77,7 +77,7 @@ def test_the_portable_graph_serves_until_the_other_one_is_there(
         assert "large: being optimized for this processor, for" in model.why[-1]
         before = model(tiny_inputs)
         assert model._better is not None
-        model._better.result(timeout=60)
+        model._better.made.result(timeout=60)
         np.testing.assert_allclose(model(tiny_inputs), before, rtol=1e-4, atol=1e-5)
         assert model.why[-1] == "large: optimized for this processor from now on"
         assert model._session._artifact.cpu is not None  # type: ignore[attr-defined]
@@ -125,7 +125,7 @@ def test_what_was_damaged_is_made_again(cache: Cache, tiny_bundle: Path, tiny_in
     with load(tiny_bundle, cache) as model:
         assert "was damaged and is removed: the sha256 of weights.data" in model.why[-2]
         assert model._better is not None
-        model._better.result(timeout=60)
+        model._better.made.result(timeout=60)
         assert model(tiny_inputs).shape == (32, 3)
     with load(tiny_bundle, cache) as model:
         assert model.why[-1].endswith(f"from {cache.folder}")
@@ -265,7 +265,7 @@ def test_why_a_graph_could_not_be_optimized_is_said(
     monkeypatch.setattr(specialization, "specialize", fail)
     with load(tiny_bundle, Cache(tmp_path / "cache")) as model:
         assert model._better is not None
-        assert model._better.exception(timeout=20) is not None
+        assert model._better.made.exception(timeout=20) is not None
         assert model(tiny_inputs).shape == (32, 3)
         assert model.why[-1] == "large: not optimized for this processor: the disk is full"
 

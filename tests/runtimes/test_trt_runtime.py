@@ -8,27 +8,40 @@ import ctypes
 import json
 import shutil
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from enum import Enum
-from types import ModuleType
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import memopt
+from memopt import engine_rebuild
+from memopt.arena import MemoryPool
 from memopt.artifact import Artifact
+from memopt.bundle import open_bundle
 from memopt.cuda_driver import open_driver
-from memopt.errors import BackendError, InputRefused, OutOfResource
+from memopt.errors import BackendError, InputRefused, OutOfResource, UsageError
 from memopt.manifest import EngineInfo, Profile
+from memopt.runtimes import RUNTIMES
 from memopt.session import Runtime, Session
+from memopt.specialization import Cache
+from memopt.strict_json import to_json
 from memopt.tensors import TensorSpec
-from memopt.trt_runtime import TENSORRT, TENSORRT_RTX, TrtRuntime, library_log, this_platform
+from memopt.trt_library import library_log
+from memopt.trt_runtime import TENSORRT, TENSORRT_RTX, TrtRuntime, this_platform
+from memopt_export.pack import EnginePart, pack
 
-DEVICE, HOST, STREAM = range(3)
+DEVICE, HOST, STREAM, GRAPH = KINDS = range(4)
 WEIGHTS, SMALL, LARGE = 5000, 2048, 40_000
 ENGINE = {"profiles": [[2, 8, 32], [1, 1, 1]], "activations": [LARGE, SMALL], "weights": WEIGHTS}
+SHAPE = (1, 8, 8)  # of one input of the tiny graph
 ROW_BYTES = (4 + 4 + 1) * 4  # x, y and sum, one sample
 
 
@@ -40,6 +53,7 @@ def cuda(fake_libcuda, tmp_path):
     loaded.fake_size.argtypes, loaded.fake_size.restype = (ctypes.c_uint64,), ctypes.c_size_t
     loaded.fake_used.restype = ctypes.c_size_t
     loaded.fake_flush.argtypes = (ctypes.c_void_p,)
+    loaded.fake_captured.restype = ctypes.c_void_p
     return loaded
 
 
@@ -141,7 +155,7 @@ def test_broken_library_says_what_is_missing(runtime, flavor, monkeypatch):
     def broken(_name):
         raise OSError("libnvinfer.so.11: cannot open shared object file")
 
-    monkeypatch.setattr("memopt.trt_runtime.import_module", broken)
+    monkeypatch.setattr("memopt.trt_library.import_module", broken)
     reason = f"{flavor.replace('-', '_')} cannot be imported: libnvinfer.so.11: cannot open shared object file"
     assert runtime.unavailable("cuda") == reason
 
@@ -150,7 +164,7 @@ def test_library_that_fails_without_a_word_is_told_by_kind(runtime, flavor, monk
     def broken(_name):
         raise ImportError
 
-    monkeypatch.setattr("memopt.trt_runtime.import_module", broken)
+    monkeypatch.setattr("memopt.trt_library.import_module", broken)
     assert runtime.unavailable("cuda") == f"{flavor.replace('-', '_')} cannot be imported: ImportError"
 
 
@@ -337,7 +351,7 @@ def test_arrays_of_any_layout_are_taken(session):
 
 
 def test_smallest_profile_is_taken_at_open_and_grown_only_for_larger_batches(trt, session):
-    activations = session._activations
+    activations = session._arena
     assert activations.size_bytes == SMALL
     assert_runs(session, batch_of(1))
     assert activations.size_bytes == SMALL
@@ -350,10 +364,10 @@ def test_smallest_profile_is_taken_at_open_and_grown_only_for_larger_batches(trt
 
 def test_buffers_are_reused(cuda, session):
     assert_runs(session, batch_of(32))
-    made = [cuda.fake_allocations(kind) for kind in (DEVICE, HOST, STREAM)]
+    made = [cuda.fake_allocations(kind) for kind in KINDS]
     for size in (1, 32, 7, 2, 31, 32):
         assert_runs(session, batch_of(size))
-    assert [cuda.fake_allocations(kind) for kind in (DEVICE, HOST, STREAM)] == made
+    assert [cuda.fake_allocations(kind) for kind in KINDS] == made
 
 
 def test_device_bytes_are_what_the_driver_counts(cuda, session):
@@ -454,7 +468,7 @@ def test_call_that_the_library_denies_is_named(cuda, trt, runtime, artifact, cal
     trt.denied = call
     with pytest.raises(BackendError, match=f"^m.engine {problem}: the library does not say why$"):
         runtime.open(artifact)
-    assert [cuda.fake_live(kind) for kind in (DEVICE, HOST, STREAM)] == [0, 0, 0]
+    assert [cuda.fake_live(kind) for kind in KINDS] == [0, 0, 0, 0]
 
 
 def test_shapes_that_contradict_each_other_are_told(trt, runtime, artifact):
@@ -487,12 +501,186 @@ def test_sessions_do_not_disturb_each_other(runtime, artifact, session):
     assert_runs(session, batch_of(5))
 
 
+@pytest.fixture
+def pair(runtime, artifact):
+    """Two engines in one pool."""
+    pool = MemoryPool()
+    opened = [runtime.open(artifact, pool=pool) for _ in range(2)]
+    yield opened
+    for each in opened:
+        each.close()
+
+
+def test_engines_of_a_pool_compute_in_one_memory(cuda, pair):
+    one, other = pair
+    for sizes, activations in (((1, 1), SMALL), ((1, 32), LARGE), ((32, 1), LARGE)):
+        for session, size in zip(pair, sizes, strict=True):
+            assert_runs(session, batch_of(size))
+        ports = sum(port.device_bytes for session in pair for port in session._ports.values())
+        assert cuda.fake_used() == 2 * WEIGHTS + activations + ports
+    other.close()
+    assert_runs(one, batch_of(32))
+    one.close()
+    assert cuda.fake_used() == 0
+
+
+def test_what_one_engine_of_a_pool_gives_back_the_other_takes_again(pair):
+    one, other = pair
+    for _ in range(2):
+        assert_runs(one, batch_of(32))
+        assert_runs(other, batch_of(4))
+        other.trim()
+
+
+def test_engines_of_a_pool_run_in_turn(pair):
+    work = [(pair[seed % 2], batch_of(1 + seed % 32, seed)) for seed in range(64)]
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(lambda each: each[0].run({"x": each[1]})[0], work))
+    for (_, x), y in zip(work, results, strict=True):
+        np.testing.assert_array_equal(y, 2 * x + 1)
+
+
+def test_pool_keeps_its_limit_on_a_device(cuda, runtime, info):
+    large = artifact_of(info, activations=[2 * 2**20, SMALL])
+    session = runtime.open(large, pool=MemoryPool("1MiB"))
+    assert_runs(session, batch_of(1))
+    with pytest.raises(OutOfResource, match=r"^2.00 MiB of activations are needed, the pool's limit is 1.00 MiB$"):
+        session.run({"x": batch_of(2)})
+    assert_runs(session, batch_of(1))
+    session.close()
+    assert cuda.fake_used() == 0
+
+
+@pytest.fixture
+def fast(cuda, artifact, monkeypatch):
+    """A session of TensorRT's that records what repeats."""
+    trt = fake_library("tensorrt", cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    engine = replace(artifact, engine=replace(artifact.engine, flavor="tensorrt"))
+    session = TrtRuntime("tensorrt", cuda_library=cuda._name).open(engine, profile="fast")
+    yield session
+    session.close()
+    assert [cuda.fake_live(kind) for kind in KINDS] == [0, 0, 0, 0]
+
+
+def test_runs_that_repeat_are_launched_as_one_graph(cuda, fast):
+    for size, launched in ((4, 0), (4, 1), (4, 2), (7, 2), (7, 3), (4, 3), (4, 4), (1, 4), (1, 5), (1, 6)):
+        assert_runs(fast, batch_of(size, seed=launched))
+        assert cuda.fake_launches() == launched
+        assert cuda.fake_live(GRAPH) <= 1
+    fast.trim()
+    assert cuda.fake_live(GRAPH) == 0
+    assert_runs(fast, batch_of(1))
+
+
+def test_what_cannot_be_recorded_is_run_by_the_library(cuda, fast):
+    cuda.fake_set_capture_result(900)
+    for seed in range(4):
+        assert_runs(fast, batch_of(4, seed))
+    assert cuda.fake_launches() == 0
+
+
+def test_other_profiles_record_nothing(cuda, session):
+    for seed in range(4):
+        assert_runs(session, batch_of(4, seed))
+    assert cuda.fake_launches() == 0
+
+
+def test_shapes_that_stay_are_set_once(trt, session, monkeypatch):
+    asked = []
+    infer = trt.IExecutionContext.infer_shapes
+    monkeypatch.setattr(trt.IExecutionContext, "infer_shapes", lambda self: asked.append(1) or infer(self))
+    for size in (4, 4, 4, 5, 4):
+        assert_runs(session, batch_of(size))
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("profile", "graphs", "kernels"),
+    [("fast", "WHOLE_GRAPH_CAPTURE", None), ("balanced", None, None), ("minimum", None, "NONE")],
+)
+def test_rtx_is_told_what_a_context_may_cost(trt, runtime, artifact, profile, graphs, kernels):
+    session = runtime.open(artifact, profile=profile)
+    assert_runs(session, batch_of(2))
+    session.close()
+    if runtime.NAME == "tensorrt":
+        assert trt.configs == []
+        return
+    (config,) = trt.configs
+    for chosen, name in (
+        (config.cuda_graph_strategy, graphs),
+        (config.dynamic_shapes_kernel_specialization_strategy, kernels),
+    ):
+        assert (chosen.name if chosen else None) == name
+
+
+@pytest.fixture
+def kept(tmp_path):
+    folder = tmp_path / "kept"
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def test_kernels_compiled_in_one_process_are_there_in_the_next(trt, runtime, artifact, kept):
+    for _ in range(2):
+        session = replace(runtime, kernels=kept).open(artifact)
+        assert_runs(session, batch_of(2))
+        session.close()
+    files = list(kept.iterdir())
+    if runtime.NAME == "tensorrt":
+        assert files == []
+        return
+    assert [file.read_bytes() for file in files] == [b"of this GPU: two kernels"]
+    assert [bool(cache.kernels) for cache in trt.caches] == [False, True]
+
+
+def test_kernels_are_kept_for_each_engine_and_when_a_session_is_trimmed(runtime, info, kept):
+    runtime = replace(runtime, kernels=kept)
+    for sha in ("1", "2"):
+        session = runtime.open(artifact_of(replace(info, onnx_sha256=sha * 64)))
+        session.trim()
+        assert len(list(kept.iterdir())) == (int(sha) if runtime.NAME == "tensorrt-rtx" else 0)
+        assert_runs(session, batch_of(2))
+        session.close()
+
+
+@pytest.mark.parametrize("spoil", ["other GPU", "others may write", "not a folder"])
+def test_kernels_that_cannot_be_used_are_as_if_not_there(trt, runtime, artifact, kept, spoil):
+    runtime = replace(runtime, kernels=kept)
+    runtime.open(artifact).close()
+    if spoil == "other GPU":
+        for file in kept.iterdir():
+            file.write_bytes(b"of another one")
+    elif spoil == "others may write":
+        kept.chmod(0o777)
+    else:
+        shutil.rmtree(kept)
+        kept.touch()
+    session = runtime.open(artifact)
+    assert_runs(session, batch_of(2))
+    assert not any(cache.kernels for cache in trt.caches)
+    session.close()
+
+
+@pytest.mark.parametrize(("profile", "on_device"), [("minimum", WEIGHTS - 4000), ("balanced", WEIGHTS)])
+def test_weights_that_can_be_streamed_stay_in_host_memory_in_profile_minimum(cuda, runtime, info, profile, on_device):
+    session = runtime.open(artifact_of(info, streamable=4000), profile=profile)
+    assert_runs(session, batch_of(1))
+    assert session.device_bytes == on_device + SMALL + ROW_BYTES == cuda.fake_used()
+    session.close()
+
+
+def test_profile_that_does_not_exist_is_refused(runtime, artifact):
+    with pytest.raises(UsageError, match=r"^profile 'slow' is not known; hint: fast, balanced, minimum$"):
+        runtime.open(artifact, profile="slow")
+
+
 def test_close_frees_everything_and_ends_the_session(cuda, trt, runtime, artifact):
     session = runtime.open(artifact)
     assert_runs(session, batch_of(16))
     session.close()
     session.close()
-    assert [cuda.fake_live(kind) for kind in (DEVICE, HOST, STREAM)] == [0, 0, 0]
+    assert [cuda.fake_live(kind) for kind in KINDS] == [0, 0, 0, 0]
     assert trt.gone == ["context", "engine", "runtime"]
     with pytest.raises(BackendError, match=r"^m.engine is closed$"):
         session.run({"x": batch_of(1)})
@@ -503,7 +691,7 @@ def test_failed_open_leaves_nothing_behind(cuda, runtime, info):
     lying = artifact_of(info, activations=[LARGE + 1, LARGE + 1])
     with pytest.raises(OutOfResource, match="of device memory are needed"):
         runtime.open(lying)
-    assert [cuda.fake_live(kind) for kind in (DEVICE, HOST, STREAM)] == [0, 0, 0]
+    assert [cuda.fake_live(kind) for kind in KINDS] == [0, 0, 0, 0]
 
 
 def test_close_frees_the_rest_when_the_device_has_failed(cuda, runtime, artifact):
@@ -512,7 +700,7 @@ def test_close_frees_the_rest_when_the_device_has_failed(cuda, runtime, artifact
     with pytest.raises(BackendError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
         session.run({"x": batch_of(1)})
     session.close()
-    assert [cuda.fake_live(kind) for kind in (DEVICE, HOST, STREAM)] == [0, 0, 0]
+    assert [cuda.fake_live(kind) for kind in KINDS] == [0, 0, 0, 0]
 
 
 def test_log_is_one_per_library_and_keeps_errors_apart(trt):
@@ -528,15 +716,170 @@ def test_log_is_one_per_library_and_keeps_errors_apart(trt):
     assert len(log.lines) == 3
 
 
+# ---- An engine in a bundle that only has to be built anew to run here.
+
+
+@pytest.fixture
+def stale(tmp_path, cuda, trt, flavor, monkeypatch, tiny_contents):
+    """A bundle whose engine is of another GPU, and a cache that is still empty; the fake GPU is an sm86."""
+    monkeypatch.setitem(RUNTIMES, flavor, TrtRuntime(flavor, cuda_library=cuda._name))
+    large = tiny_contents.parts[0]
+    shapes = [{"input": (batch, *large.graph.inputs[0].shape[1:])} for batch in (1, 1, 4)]
+    os, arch = this_platform()
+    info = EngineInfo(flavor, "1.7.1.116", ("sm120",), os, arch, (Profile(*shapes, 4096),), 1000, large.graph.sha256)
+    parts = (*tiny_contents.parts, EnginePart("engine", "tiny", "fp32", b"of another GPU", info, "large"))
+    pack(replace(tiny_contents, parts=parts), tmp_path / "stale.mopt")
+    return tmp_path / "stale.mopt", Cache(tmp_path / "cache")
+
+
+@pytest.fixture
+def builder(monkeypatch, stale):
+    """In place of the exporter's command: leaves a fake engine of this GPU, and notes what was asked."""
+    asked, free = [], threading.Event()
+    free.set()
+
+    def run(command, timeout_s):
+        asked.append(command)
+        assert free.wait(20)
+        output = Path(command[command.index("-o") + 1])
+        engine = {"profiles": [[1, 1, 4]], "activations": [SMALL], "weights": WEIGHTS, "input": "input", "shape": SHAPE}
+        output.write_bytes(json.dumps(engine).encode())
+        old = next(v for v in open_bundle(stale[0]).manifest.variants if v.id == "engine").engine
+        profiles = (replace(old.profiles[0], activation_bytes=SMALL),)
+        info = replace(old, targets=("sm86",), weights_bytes=WEIGHTS, profiles=profiles)
+        output.with_name(output.name + ".json").write_text(to_json(info))
+
+    monkeypatch.setattr(engine_rebuild, "_run", run)
+    return SimpleNamespace(asked=asked, free=free)
+
+
+def opened_here(monkeypatch):
+    """The names of the engines that the runtime is asked to open; what it opens is a stand-in."""
+    opened = []
+
+    def open_engine(self, artifact, **_):
+        assert self.refuses(artifact) is None
+        opened.append((artifact.name, self.kernels))
+        return FakeSession()
+
+    monkeypatch.setattr(TrtRuntime, "open", open_engine)
+    return opened
+
+
+class FakeSession:
+    inputs = (TensorSpec("input", "float32", ("batch", *SHAPE)),)
+    outputs = (TensorSpec("logits", "float32", ("batch", 3)),)
+    placement, device_bytes, device_method = "the fake GPU", 7000, "by hand"
+
+    def run(self, feeds):
+        return [np.full((len(feeds["input"]), 3), 86, np.float32)]
+
+    def trim(self):
+        pass
+
+    def close(self):
+        pass
+
+
+def test_stale_engine_is_built_anew_while_the_graph_serves(stale, builder, monkeypatch, tiny_inputs, flavor):
+    path, cache = stale
+    opened = opened_here(monkeypatch)
+    builder.free.clear()
+    with memopt.load(path, cache=cache) as model:
+        assert model.why[-1] == f"engine: being built anew for Fake GPU, for {cache.folder}"
+        assert model.variant in ("large", "small")
+        served = model(tiny_inputs)
+        builder.free.set()
+        model._better.made.result(timeout=20)
+        assert np.all(model(tiny_inputs) == 86)
+        assert not np.all(served == 86)
+        assert (model.variant, model.placement) == ("engine", "the fake GPU")
+        assert model.why[-1] == "engine: built anew for this GPU from now on"
+    target = "sm86" if flavor == "tensorrt-rtx" else "local"
+    (command,) = builder.asked
+    assert command[command.index("--flavor") :][:4] == ["--flavor", flavor, "--target", target]
+    assert command[command.index("--batch") + 1] == "1,1,4"
+    with memopt.load(path, cache=cache) as model:
+        assert model.variant == "engine"
+        assert np.all(model(tiny_inputs) == 86)
+    assert opened == [("engine", cache.folder)] * 2
+    assert len(builder.asked) == 1
+
+
+def test_a_device_that_is_named_waits_for_its_engine(stale, builder, monkeypatch, tiny_inputs):
+    path, cache = stale
+    opened_here(monkeypatch)
+    with memopt.load(path, cache=cache, device="tensorrt") as model:
+        assert np.all(model(tiny_inputs) == 86)
+        assert model.why[-1].endswith("built anew for this GPU")
+
+
+def test_why_an_engine_was_not_built_is_said(stale, builder, monkeypatch, tiny_inputs):
+    path, cache = stale
+
+    def refuse(command, timeout_s):
+        raise BackendError("the disk is full")
+
+    monkeypatch.setattr(engine_rebuild, "_run", refuse)
+    with memopt.load(path, cache=cache) as model:
+        assert model._better.made.exception(timeout=20) is not None
+        assert model(tiny_inputs).shape == (32, 3)
+        assert model.why[-1] == "engine: not built anew for this GPU: the disk is full"
+    with pytest.raises(BackendError, match=r"needs sm120.*; engine cannot be built anew: the disk is full"):
+        memopt.load(path, cache=cache, device="tensorrt", trust_engines=True)
+    assert memopt.load(path, cache=cache, specialize="off").why[-1].startswith(("large", "small"))
+
+
+def test_engine_that_was_built_anew_keeps_the_limit_too(stale, builder, monkeypatch, tiny_inputs):
+    path, cache = stale
+    opened_here(monkeypatch)
+    for limit, variant in (("8MiB", "engine"), (str(WEIGHTS), None)):
+        monkeypatch.setattr("memopt.model.Model.settle", lambda *_: None)
+        if variant is None:
+            with pytest.raises(OutOfResource):
+                memopt.load(path, cache=cache, memory_limit=limit, specialize="wait")
+            continue
+        with memopt.load(path, cache=cache, memory_limit=limit, specialize="wait") as model:
+            assert model.variant == variant
+
+
+def test_damaged_engine_is_removed_and_built_again(stale, builder, monkeypatch, tiny_inputs):
+    path, cache = stale
+    opened_here(monkeypatch)
+    memopt.load(path, cache=cache, specialize="wait").close()
+    (engine,) = cache.folder.glob("*/model.engine")
+    engine.write_bytes(b"other code")
+    with memopt.load(path, cache=cache, specialize="wait") as model:
+        assert model.variant == "engine"
+        assert len(builder.asked) == 2
+
+
+def test_the_exporter_really_builds_it(stale, flavor):
+    if flavor == "tensorrt":
+        pytest.skip("TensorRT builds for the GPU it finds; TensorRT-RTX without one")
+    path, cache = stale
+    bundle = open_bundle(path)
+    rebuild = engine_rebuild.find_stale(bundle)
+    built = engine_rebuild.find_or_build(rebuild, bundle, cache)
+    assert built.engine.targets == ("sm86",)
+    assert built.engine.profiles[0].batches == (1, 4)
+    assert bytes(built.data[:4]) == b"vtrt"
+
+
 # ---- The real thing.
 
 
 def test_fake_has_nothing_that_the_real_library_lacks(cuda):
-    real, fake = pytest.importorskip("tensorrt_rtx"), fake_library("fake", cuda)
-    for kind in (fake.Runtime, fake.ICudaEngine, fake.IExecutionContext, fake.ILogger):
-        used = [name for name in vars(kind) if not name.startswith("_") and name not in ("view", "driver")]
+    real, fake = pytest.importorskip("tensorrt_rtx"), fake_library("tensorrt_rtx", cuda)
+    kinds = ("Runtime", "IRuntimeCache", "IRuntimeConfig", "ICudaEngine", "IExecutionContext", "ILogger")
+    for kind in (getattr(fake, name) for name in kinds):
+        ours = ("compute", "strategy", "kernels", "driver")
+        used = [name for name in vars(kind) if not name.startswith("_") and name not in ours]
         assert [name for name in used if not hasattr(getattr(real, kind.__name__), name)] == []
-    for enum in (fake.TensorIOMode, fake.TensorLocation, fake.DataType, fake.EngineStat):
+    for enum in (
+        fake.TensorIOMode, fake.TensorLocation, fake.DataType, fake.EngineStat, fake.CudaGraphStrategy,
+        fake.DynamicShapesKernelSpecializationStrategy,
+    ):  # fmt: skip
         assert set(enum.__members__) <= set(getattr(real, enum.__name__).__members__)
     assert hasattr(real.ExecutionContextAllocationStrategy, "USER_MANAGED")
     assert hasattr(real.ICudaEngine, "num_io_tensors")
@@ -600,7 +943,7 @@ def forget_library(flavor, monkeypatch):
 
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr("importlib.metadata.version", nothing)
-    monkeypatch.setattr("memopt.trt_runtime.import_module", no_module)
+    monkeypatch.setattr("memopt.trt_library.import_module", no_module)
 
 
 def fake_library(name, cuda):
@@ -608,7 +951,7 @@ def fake_library(name, cuda):
     trt = ModuleType(name)
     trt.__version__ = "1.7.1.116"
     trt.start_error = trt.run_error = trt.denied = None
-    trt.profiles_used, trt.gone = [], []
+    trt.profiles_used, trt.gone, trt.recorded, trt.configs, trt.caches = [], [], [], [], []
     trt.TensorIOMode = Enum("TensorIOMode", "NONE INPUT OUTPUT")
     trt.TensorLocation = Enum("TensorLocation", "DEVICE HOST")
     trt.DataType = Enum("DataType", "FLOAT HALF FP8")
@@ -643,7 +986,9 @@ def fake_library(name, cuda):
             self.num_io_tensors = len(self.names)
             self.num_optimization_profiles = len(plan["profiles"])
             self.driver = open_driver(cuda._name)
-            self.weights = self.driver.device_buffer(plan["weights"])
+            self.streamable_weights_size = plan.get("streamable", 0)
+            self.weight_streaming_budget_v2 = self.streamable_weights_size
+            self.weights = None
 
         def get_tensor_name(self, index):
             return self.names[index]
@@ -669,8 +1014,15 @@ def fake_library(name, cuda):
         def get_engine_stat(self, stat):
             return self.plan["weights"]
 
-        def create_execution_context(self, strategy):
+        def create_runtime_config(self):
+            trt.configs.append(IRuntimeConfig())
+            return trt.configs[-1]
+
+        def create_execution_context(self, how):
             assert cuda.fake_ready()
+            streamed = self.streamable_weights_size - self.weight_streaming_budget_v2
+            self.weights = self.driver.device_buffer(self.plan["weights"] - streamed)
+            strategy = how.strategy if isinstance(how, IRuntimeConfig) else how
             assert strategy is trt.ExecutionContextAllocationStrategy.USER_MANAGED
             return None if trt.denied == "create_execution_context" else IExecutionContext(self)
 
@@ -713,28 +1065,64 @@ def fake_library(name, cuda):
 
         def execute_async_v3(self, stream):
             assert cuda.fake_ready()
+            if cuda.fake_captured():
+                trt.recorded.append(partial(self.compute, dict(self.shapes), dict(self.addresses), self.memory))
+                return True
             if trt.run_error:
                 library_log(trt).log(ILogger.Severity.ERROR, trt.run_error)
                 return False
-            address, size = self.memory
+            cuda.fake_flush(stream)
+            self.compute(self.shapes, self.addresses, self.memory)
+            return True
+
+        def compute(self, shapes, addresses, memory):
+            address, size = memory
             assert size >= self.plan["activations"][self.profile]
             assert cuda.fake_size(address) >= size
             ctypes.memset(address, 0x5A, size)
-            cuda.fake_flush(stream)
-            x = self.view("x")
-            self.view("y")[...] = 2 * x + 1
-            self.view("sum")[...] = x.sum(axis=1)
-            return True
-
-        def view(self, name):
-            shape = self.get_tensor_shape(name)
-            count = int(np.prod(shape))
-            assert cuda.fake_size(self.addresses[name]) >= 4 * count
-            return np.ctypeslib.as_array((ctypes.c_float * count).from_address(self.addresses[name])).reshape(shape)
+            batch = shapes["x"][0]
+            x, y = (view(addresses[name], (batch, 4)) for name in ("x", "y"))
+            y[...] = 2 * x + 1
+            view(addresses["sum"], (batch,))[...] = x.sum(axis=1)
 
         def __del__(self):
             trt.gone.append("context" if cuda.fake_ready() else "context without its GPU")
 
-    for kind in (ILogger, Runtime, ICudaEngine, IExecutionContext):
+    def view(address, shape):
+        count = int(np.prod(shape))
+        assert cuda.fake_size(address) >= 4 * count
+        return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address)).reshape(shape)
+
+    trt.launch = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: trt.recorded[-1]())
+    cuda.fake_set_on_launch(trt.launch)
+    if name == "tensorrt_rtx":
+        trt.CudaGraphStrategy = Enum("CudaGraphStrategy", "DISABLED WHOLE_GRAPH_CAPTURE")
+        trt.DynamicShapesKernelSpecializationStrategy = Enum("DynamicShapesKernelSpecializationStrategy", "LAZY NONE")
+
+    class IRuntimeConfig:
+        cuda_graph_strategy = dynamic_shapes_kernel_specialization_strategy = strategy = None
+
+        def set_execution_context_allocation_strategy(self, strategy):
+            self.strategy = strategy
+
+        def create_runtime_cache(self):
+            return IRuntimeCache()
+
+        def set_runtime_cache(self, cache):
+            trt.caches.append(cache)
+
+    class IRuntimeCache:
+        kernels = b""
+
+        def deserialize(self, data):
+            assert cuda.fake_ready()
+            fits = data.startswith(b"of this GPU")
+            self.kernels = data if fits else b""
+            return fits
+
+        def serialize(self):
+            return memoryview(self.kernels or b"of this GPU: two kernels")
+
+    for kind in (ILogger, IRuntimeCache, IRuntimeConfig, Runtime, ICudaEngine, IExecutionContext):
         setattr(trt, kind.__name__, kind)
     return trt

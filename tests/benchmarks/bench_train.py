@@ -1,0 +1,243 @@
+"""What training makes of MNIST: bytes of runnable files and memory against accuracy, for three seeds.
+
+Every network is trained with the same moved pictures, for the same number of epochs in all, those of the networks that
+it comes from included. Epochs are chosen on validation; the test split is looked at once, in ONNX Runtime. Checkpoints
+stay in build/bench/train under the digest of what was asked for, so that a run that was ended goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from marks import OUTPUT, Mark, report
+
+from memopt.accuracy import top1
+from memopt.charts import Point, scatter
+from memopt.compare import save_arrays
+from memopt.memory import STEADY
+from memopt.probe import Request, measure
+from memopt_export.from_torch import export
+from memopt_export.graph import load_graph, run_batches, save_graph
+from memopt_export.plan import plan
+from memopt_models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from memopt_models.data import DataSet, open_data, open_samples
+from memopt_models.prune import PruneSettings, prune
+from memopt_models.qat import QatSettings, train_rounded
+from memopt_models.train import TrainSettings, train
+
+WORK = OUTPUT / "train"
+SEEDS = (0, 1, 2)
+AT_ONCE = 2  # processes of one thread
+FAST = TrainSettings(
+    1, batch_size=256, schedule="onecycle", shift=2, threads=1, precision="bf16", channels_last=True
+)  # fmt: skip
+EPOCHS = 28  # of every network for MNIST, in all
+CHANNELS = (8, 16, 20, 24), (11, 20, 24, 32, 32)  # of the students
+RESNET = {"classes": 10, "in_channels": 1}
+
+STYLE = (
+    "text{font:12px sans-serif;fill:#333}.grid{stroke:#ddd}.frontier{fill:none;stroke:#888;stroke-dasharray:4 3}"
+    ".best{fill:#0a7}.beaten{fill:#bbb}"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network with one seed, as a file that runs."""
+
+    name: str
+    seed: int
+    size_bytes: int
+    weights_bytes: int  # planned, at batch 1
+    activation_bytes: int
+    private_bytes: int | None  # measured in a fresh process, at batch 1
+    peak_bytes: int | None
+    validation_top1: float  # of the checkpoint, by which its epoch was chosen
+    test_top1: float  # of the file, in ONNX Runtime
+
+
+def main() -> int:
+    """Trains, exports and measures everything; returns the exit code."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    jobs: list[tuple[Callable[[int], list[Row]], int]] = [(residual, 0)]
+    jobs += [(given, seed) for seed in SEEDS] + [(students, seed) for seed in SEEDS]
+    with ProcessPoolExecutor(AT_ONCE, mp_context=multiprocessing.get_context("spawn")) as pool:
+        rows = [row for found in pool.map(_call, *zip(*jobs, strict=True)) for row in found]
+    means = {row.name: _mean([each for each in rows if each.name == row.name]) for row in rows}
+    _show(means)
+    _draw({name: mean for name, mean in means.items() if not name.startswith("resnet18")})
+    return report("train", list(_marks(means)), {"rows": [asdict(row) for row in rows], "means": means})
+
+
+def _call(job: Callable[[int], list[Row]], seed: int) -> list[Row]:
+    return job(seed)
+
+
+# --- what is trained
+
+
+def given(seed: int) -> list[Row]:
+    """The given network: dense, INT8, and pruned with weights of 4 bits."""
+    data = open_data("mnist")
+    half = _how(12, 3e-3, seed)
+    base = _made("base", half, lambda: train("simple_cnn", {}, data, half))
+    more = _how(EPOCHS - 12, 2e-3, seed)
+    dense = _made("dense", [half, more], lambda: train("simple_cnn", {}, data, more, start=base))
+    rows = [_row("dense fp32", dense, data, seed)]
+    int8 = QatSettings(_how(2, 1e-4, seed))
+    trained = _made("int8", [half, more, int8], lambda: train_rounded(dense, data, int8))
+    rows.append(_row("dense int8", trained, data, seed))
+    for ratio in (0.5, 0.64):
+        cut = PruneSettings(ratio=ratio, finetune=_how(8, 2e-3, seed))
+        pruned = _made("pruned", [half, cut], lambda cut=cut: prune(base, data, cut))
+        rounding = QatSettings(_how(8, 2e-3, seed), precision="int4-weights")
+        small = _made("pruned-int4", [half, cut, rounding], lambda p=pruned, r=rounding: train_rounded(p, data, r))
+        rows.append(_row(f"pruned {ratio:.0%} int4", small, data, seed))
+    return rows
+
+
+def students(seed: int) -> list[Row]:
+    """Networks of our own for the smallest files, with weights of 4 bits."""
+    data = open_data("mnist")
+    rows = []
+    for channels in CHANNELS:
+        how = _how(16, 2e-2, seed)
+        settings = {"channels": list(channels)}
+        student = _made("student", [settings, how], lambda s=settings, h=how: train("tiny_cnn", s, data, h))
+        rounding = QatSettings(_how(EPOCHS - 16, 2e-3, seed), precision="int4-weights")
+        small = _made(
+            "student-int4", [settings, how, rounding], lambda s=student, r=rounding: train_rounded(s, data, r)
+        )
+        rows.append(_row(f"student {channels[0]}-{channels[-1]}x{len(channels) - 1} int4", small, data, seed))
+    return rows
+
+
+def residual(seed: int) -> list[Row]:
+    """resnet18 on Fashion-MNIST: dense, and pruned by half and INT8, four epochs each."""
+    data = open_data("fashion-mnist")
+    how = replace(_how(2, 2e-3, seed), batch_size=128)
+    base = _made("resnet", how, lambda: train("resnet18", RESNET, data, how))
+    more = replace(how, learning_rate=1e-3)
+    dense = _made("resnet-dense", [how, more], lambda: train("resnet18", RESNET, data, more, start=base))
+    cut = PruneSettings(ratio=0.5, round_to=8, finetune=replace(more, epochs=1))
+    pruned = _made("resnet-pruned", [how, cut], lambda: prune(base, data, cut))
+    int8 = QatSettings(replace(more, epochs=1, learning_rate=2e-4, precision="fp32"))
+    small = _made("resnet-int8", [how, cut, int8], lambda: train_rounded(pruned, data, int8))
+    return [_row("resnet18 fp32", dense, data, seed), _row("resnet18 pruned 50% int8", small, data, seed)]
+
+
+def _how(epochs: int, rate: float, seed: int) -> TrainSettings:
+    return replace(FAST, epochs=epochs, learning_rate=rate, seed=seed)
+
+
+def _made(name: str, asked: Any, make: Callable[[], Checkpoint]) -> Checkpoint:
+    """The checkpoint that was made of these settings before, or now."""
+    told = json.dumps(asked, default=asdict, sort_keys=True)
+    path = WORK / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.safetensors"
+    if not path.exists():
+        save_checkpoint(make(), path)
+        checkpoint = load_checkpoint(path)
+        sys.stderr.write(f"{path.name}: validation {100 * checkpoint.metrics['validation_top1']:.2f}%\n")
+    return load_checkpoint(path)
+
+
+# --- what is measured
+
+
+def _row(name: str, checkpoint: Checkpoint, data: DataSet, seed: int) -> Row:
+    """The compact file of the checkpoint, and what it needs."""
+    assert data.spec is not None
+    samples = open_samples(data.spec, split="test", inputs=checkpoint.inputs, preprocess=checkpoint.preprocess)
+    assert samples.labels is not None
+    (key,) = samples.feeds
+    path = WORK / f"{name.replace(' ', '-').replace('%', '')}-{seed}.onnx"
+    save_graph(export(checkpoint, samples.feeds[key][:64], compact=True).graph, path, force=True)
+    graph = load_graph(path)
+    outputs = np.concatenate([logits for (logits,) in run_batches(graph, samples.batches(250))])
+    planned = plan(graph, batch=1, threads=1)
+    with tempfile.TemporaryDirectory(prefix="memopt-bench-") as folder:
+        inputs = save_arrays(samples.pick(slice(8)).feeds, Path(folder))
+        bill = measure(Request(str(path), "onnxruntime", "cpu", 1, inputs, runs=10)).bill
+    return Row(
+        name, seed, path.stat().st_size, planned.weights_bytes, planned.activation_bytes,
+        bill.phases[STEADY].private_bytes, bill.peak_bytes,
+        checkpoint.metrics["validation_top1"], top1(outputs, samples.labels),
+    )  # fmt: skip
+
+
+def _mean(rows: list[Row]) -> dict[str, float]:
+    """Means over the seeds, and the spread of what the test split says."""
+    means = {
+        name: statistics.fmean(getattr(row, name) or float("nan") for row in rows)
+        for name in (
+            "size_bytes", "weights_bytes", "activation_bytes", "private_bytes", "peak_bytes", "validation_top1",
+            "test_top1",
+        )
+    }  # fmt: skip
+    tested = [row.test_top1 for row in rows]
+    return means | {"seeds": len(rows), "lowest_top1": min(tested), "highest_top1": max(tested)}
+
+
+def _marks(means: dict[str, dict[str, float]]) -> Iterator[Mark]:
+    """The marks: how many times smaller, at no more than 0.1 points below dense; the smallest file that keeps to it."""
+    dense, kept = means["dense fp32"], means["dense fp32"]["test_top1"] - 0.001
+    for label, kind, floor in (("given network, pruned and rounded", "pruned", 30), ("student", "student", 250)):
+        near = [
+            mean["size_bytes"] for name, mean in means.items() if name.startswith(kind) and mean["test_top1"] >= kept
+        ]
+        times = dense["size_bytes"] / min(near) if near else float("nan")
+        yield Mark(f"{label}, smaller at 0.1 points below dense", times, "x", floor=floor)
+    gained = 100 * (means["dense int8"]["test_top1"] - dense["test_top1"])
+    yield Mark("INT8 of the dense network, above it", gained, "points", floor=0)
+    full, small = means["resnet18 fp32"], means["resnet18 pruned 50% int8"]
+    held = [mean["weights_bytes"] + mean["activation_bytes"] for mean in (small, full)]
+    lost = 100 * (full["test_top1"] - small["test_top1"])
+    yield Mark("resnet18 pruned 50% int8, bytes", small["size_bytes"] / full["size_bytes"], "x", limit=1 / 10)
+    yield Mark("resnet18 pruned 50% int8, planned memory", held[0] / held[1], "x", limit=1 / 3)
+    yield Mark("resnet18 pruned 50% int8, top-1 lost", lost, "points", limit=0.5)
+
+
+def _show(means: dict[str, dict[str, float]]) -> None:
+    lines = [
+        f"{'':28} {'bytes':>10} {'x':>6} {'planned':>16} {'private':>9} {'peak':>9}  test top-1 (spread), validation"
+    ]
+    for name, mean in means.items():
+        first = means["resnet18 fp32" if name.startswith("resnet18") else "dense fp32"]
+        lines.append(
+            f"{name:28} {mean['size_bytes']:10.0f} {first['size_bytes'] / mean['size_bytes']:6.1f} "
+            f"{mean['weights_bytes'] / 1024:7.1f}+{mean['activation_bytes'] / 1024:.1f} KiB "
+            f"{mean['private_bytes'] / 2**20:5.2f} MiB {mean['peak_bytes'] / 2**20:5.2f} MiB  "
+            f"{100 * mean['test_top1']:.2f} ({100 * mean['lowest_top1']:.2f} to {100 * mean['highest_top1']:.2f}), "
+            f"{100 * mean['validation_top1']:.2f}"
+        )
+    sys.stdout.write("\n".join([*lines, ""]))
+
+
+def _draw(means: dict[str, dict[str, float]]) -> None:
+    """build/bench/train.svg: bytes against accuracy."""
+    points = [
+        Point(mean["size_bytes"], mean["test_top1"], name, f"{name}: {mean['size_bytes']:.0f} B", "circle")
+        for name, mean in means.items()
+    ]
+    drawn = scatter(
+        points, x_title="bytes of the file", y_title="top-1 on test", show_x=lambda value: f"{value:.0f}",
+        show_y=lambda value: f"{100 * value:.4g}%",
+    )  # fmt: skip
+    head, _, rest = drawn.partition(">")
+    alone = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    (OUTPUT / "train.svg").write_text(f"{alone}><style>{STYLE}</style>{rest}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
