@@ -206,5 +206,5 @@ def _save_checkpoint(checkpoint: Checkpoint, output: Path, force: bool, means: M
     means.keep.forget()
     return SavedCheckpoint(
         str(output), checkpoint.network, checkpoint.parameters, output.stat().st_size, checkpoint.sha256,
-        checkpoint.metrics, fresh_weights(checkpoint),
+        checkpoint.metrics, fresh=fresh_weights(checkpoint),
     )  # fmt: skip
