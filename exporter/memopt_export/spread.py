@@ -44,8 +44,8 @@ def run(arguments: Sequence[str], *, size: int) -> None:
         finally:
             codes = [member.poll() for member in members]
             for member in members:
-                member.kill()
-                member.wait()
+                with member:  # waits for its end, and closes its pipe
+                    member.kill()
         failed = {rank: code for rank, code in enumerate(codes) if code}
         if failed:
             _raise(failed, size, folder)

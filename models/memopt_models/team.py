@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PARALLEL = ("ddp", "fsdp2")
+_BLOCKS = 16  # into so many groups weights are divided, at most; each takes an exchange
 PATIENCE = timedelta(minutes=30)  # for another process that neither answers nor ends
 
 
@@ -30,8 +31,8 @@ class Team:
 
     With "ddp" each has the whole network (https://docs.pytorch.org/docs/stable/notes/ddp.html). With "fsdp2" weights in
     training, gradients and the optimizer's state are divided among them
-    (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html), beside one whole copy of the weights each,
-    which is judged and saved.
+    (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html); the weights are whole in each between two
+    epochs alone, when they are judged and saved.
     """
 
     rank: int = 0  # from 0
@@ -67,24 +68,31 @@ class Team:
         """
         return module if self.size == 1 else _DIVIDE[self.parallel](module)
 
+    def release(self, module: nn.Module, trained: nn.Module) -> None:
+        """Frees the weights of a module in whose place a divided one is trained, until they are gathered."""
+        if trained is not module and self.parallel == "fsdp2":
+            for weight in module.parameters():
+                weight.data = weight.data.new_empty(0)
+
     def gather(self, trained: nn.Module, module: nn.Module) -> None:
         """Gives the module the weights of what is trained, whole, and the first process's running statistics."""
         import torch
 
         if self.size == 1:
             return
-        with torch.no_grad():
-            if trained is not module and self.parallel == "fsdp2":
-                for target, source in zip(_tensors(module), _tensors(trained), strict=True):
-                    target.copy_(whole(source))
-            for buffer in module.buffers():
-                torch.distributed.broadcast(buffer, 0)
+        if self.parallel == "fsdp2":
+            for weight, share in zip(module.parameters(), trained.parameters(), strict=True):
+                weight.data = whole(share.detach())
+            for buffer, own in zip(module.buffers(), trained.buffers(), strict=True):
+                buffer.copy_(own)
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
     def scatter(self, module: nn.Module, trained: nn.Module) -> None:
         """Gives what is trained the weights of the module."""
         import torch
 
-        if trained is not module and self.parallel == "fsdp2":
+        if self.size > 1 and self.parallel == "fsdp2":
             with torch.no_grad():
                 for source, target in zip(_tensors(module), _tensors(trained), strict=True):
                     target.copy_(like(target, source))
@@ -203,7 +211,7 @@ def _replicate(module: nn.Module) -> nn.Module:
 
 
 def _shard(module: nn.Module) -> nn.Module:
-    """A copy whose weights are divided: each direct part of the network by itself, so that one is whole at a time."""
+    """A copy whose weights are divided, block by block: of them one at a time is whole."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -211,13 +219,27 @@ def _shard(module: nn.Module) -> nn.Module:
     mesh = init_device_mesh(next(module.parameters()).device.type, (torch.distributed.get_world_size(),))
     divided = copy.deepcopy(module)
     try:
-        for part in divided.children():
-            if any(True for _ in part.parameters()):
-                fully_shard(part, mesh=mesh)
+        for block in _blocks(divided, least=sum(weight.numel() for weight in module.parameters()) // _BLOCKS):
+            fully_shard(block, mesh=mesh)
         fully_shard(divided, mesh=mesh)
     except (ValueError, NotImplementedError) as error:
         raise AnswerIsNo(f"the network cannot be divided: {first_line(error)}", hint="--parallel ddp") from error
     return divided
+
+
+def _blocks(module: nn.Module, *, least: int) -> list[nn.Module]:
+    """The modules inside, innermost first, that have layers and so many weights which no other one before has.
+
+    A layer alone is none: the module around it may use its weights without calling it, as MultiheadAttention does.
+    """
+    found: list[nn.Module] = []
+    taken: set[int] = set()
+    for block in reversed(list(module.modules())[1:]):
+        own = {id(weight): weight.numel() for weight in block.parameters() if id(weight) not in taken}
+        if any(True for _ in block.children()) and sum(own.values()) >= max(least, 1):
+            found.append(block)
+            taken |= own.keys()
+    return found
 
 
 _DIVIDE = {"ddp": _replicate, "fsdp2": _shard}

@@ -402,6 +402,7 @@ def _begin_training(module: nn.Module, how: TrainSettings, team: Team, *, steps:
 def _run_epoch(training: Training, data: DataSet, loss_function: Loss, progress: Progress) -> Iterator[Progress]:
     """Takes one step for each batch; yields the progress after it, with the mean loss so far."""
     total = 0.0
+    training.team.release(training.module, training.worker)
     training.worker.train()
     _seed_epoch(training)
     feeder = _feeder(training, data)

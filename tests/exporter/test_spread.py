@@ -142,12 +142,14 @@ def test_processes_end_with_the_one_that_watches_them(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_error_of_the_processes_is_told_once(folder: Path) -> None:
-    with started(*TRAIN, "--batch-size", "1", "--nproc", "2") as process:
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == UsageError.exit_code
+def test_error_of_the_processes_is_told_once(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*TRAIN, "--batch-size", "1", "--nproc", "2"])
+    assert ended.value.code == UsageError.exit_code
+    out, err = capfd.readouterr()
     assert err == "memopt-export: error: a batch of 1 cannot be divided among 2 processes\n"
     assert json.loads(out)["error"]["exit_code"] == UsageError.exit_code
+    assert not list(folder.glob("out*"))
 
 
 @pytest.mark.slow
