@@ -50,8 +50,8 @@ def count_macs(module: nn.Module, shape: tuple[int, ...]) -> int:
 def compare_parts(before: Checkpoint, after: Checkpoint) -> tuple[Shrunk, ...]:
     """What became of each part of the network, and last of "all" of it.
 
-    A part is all whose names begin alike, and there are so few that a person can read them. What stands beside the parts,
-    such as a norm between two of them, counts for "all" alone.
+    A part is all whose names begin alike, and there are so few that a person can read them. What stands beside the
+    parts, such as a norm between two of them, counts for "all" alone.
     """
     layers, parts = _layers(before), {}
     for depth in range(max((name.count(".") for name in layers), default=0) + 1, 0, -1):
