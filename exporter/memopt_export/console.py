@@ -52,7 +52,6 @@ _WAYS = {
     "channels-here": "channels, with all that depend on each other",
     "hidden": "the features hidden between two layers",
 }
-_COSTS = ("outputs", "parameters", "macs")
 # Columns of a report that a narrow terminal does without, the most dispensable first.
 _FIRST_TO_GO = (
     "Worst", "Leak", "Weights", "Top-5", "Planned", "File-backed", "x p50", "SQNR", "Agree", "File", "x memory",
@@ -299,15 +298,17 @@ def _sparse_facts(note: Mapping[str, Any], metrics: Mapping[str, float]) -> dict
 
 
 def _draw_parts(console: Console, parts: Sequence[Shrunk]) -> None:
-    """Each part of the network before and after, and the whole."""
+    """Each part of the network before and after."""
     columns = {"Part": "left"} | dict.fromkeys(("Layers", "Outputs", "Parameters", "MACs"), "right")
-    rows = [[part.name, str(part.layers), *(_shrunk([part], cost) for cost in _COSTS)] for part in parts]
-    rows.append(["all", str(sum(part.layers for part in parts)), *(_shrunk(parts, cost) for cost in _COSTS)])
+    rows = [
+        [part.name, str(part.layers)]
+        + [_shrunk(getattr(part.before, cost), getattr(part.after, cost)) for cost in ("outputs", "parameters", "macs")]
+        for part in parts
+    ]
     _table(console, columns, rows)
 
 
-def _shrunk(parts: Sequence[Shrunk], cost: str) -> str:
-    before, after = (sum(getattr(getattr(part, side), cost) for part in parts) for side in ("before", "after"))
+def _shrunk(before: int, after: int) -> str:
     return show_count(before) if before == after else f"{show_count(before)} → {show_count(after)}"
 
 

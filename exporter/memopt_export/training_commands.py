@@ -108,7 +108,7 @@ def prune(
     from memopt_models import prune as pruning
     from memopt_models import sparsity
     from memopt_models.checkpoint import load_checkpoint
-    from memopt_models.layer_costs import compare_layers
+    from memopt_models.layer_costs import compare_parts
 
     refuse_to_overwrite(output, force=force)
     begin, opened = load_checkpoint(checkpoint, network=network), _open_data(data, data_root, means)
@@ -117,7 +117,7 @@ def prune(
     else:
         made = sparsity.sparsify(begin, opened, how, **vars(means))
     saved = _save_checkpoint(made, output, force, means)
-    return saved and replace(saved, pruned=Pruned(made.lineage[-1].settings, compare_layers(begin, made)))
+    return saved and replace(saved, pruned=Pruned(made.lineage[-1].settings, compare_parts(begin, made)))
 
 
 def pruning_settings(

@@ -1,9 +1,8 @@
-"""What each layer of a network costs: outputs, parameters, multiply-accumulates; and what a pruning took of them."""
+"""What the parts of a network cost: outputs, parameters, multiply-accumulates; and what a pruning took of them."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,18 +12,21 @@ if TYPE_CHECKING:
     from torch import nn
 
 _MOST_ROWS = 16  # of a table that a person reads
+_WHOLE = ""  # the name of a network among its modules
+# Layers that count, and their number of outputs.
+_OUTPUTS = {
+    "Conv1d": "out_channels", "Conv2d": "out_channels", "Conv3d": "out_channels", "Linear": "out_features",
+    "MultiheadAttention": "embed_dim",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one layer, or of several."""
+    """Of a part of a network."""
 
-    outputs: int  # channels or features that it writes
+    outputs: int  # channels or features that its convolutions, linear layers and attentions write
     parameters: int
     macs: int  # multiply-accumulates for one input
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.outputs + other.outputs, self.parameters + other.parameters, self.macs + other.macs)
 
 
 @dataclass(frozen=True)
@@ -42,52 +44,60 @@ def count_macs(module: nn.Module, shape: tuple[int, ...]) -> int:
 
     The module's tensors go to the meta device: it is of no use afterwards, and nothing is computed.
     """
-    return _count_macs(module, shape)[""]
+    return _count_macs(module, shape)[_WHOLE]
 
 
-def layer_costs(checkpoint: Checkpoint) -> dict[str, Cost]:
-    """The cost of each convolution, linear layer and attention by its name, in the order of the network."""
-    from torch import nn
+def compare_parts(before: Checkpoint, after: Checkpoint) -> tuple[Shrunk, ...]:
+    """What became of each part of the network, and last of "all" of it.
 
+    A part is all whose names begin alike, and there are so few that a person can read them. What stands beside the
+    parts, such as a norm between two of them, counts for "all" alone.
+    """
+    layers, parts = _layers(before), {}
+    for depth in range(max((name.count(".") for name in layers), default=0) + 1, 0, -1):
+        parts = dict.fromkeys(".".join(name.split(".")[:depth]) for name in layers)
+        if len(parts) <= _MOST_ROWS:
+            break
+    sides = [_costs(checkpoint, (*parts, _WHOLE)) for checkpoint in (before, after)]
+    return tuple(
+        Shrunk(part or "all", sum(_is_in(name, part) for name in layers), *(side[part] for side in sides))
+        for part in (*parts, _WHOLE)
+    )
+
+
+def _costs(checkpoint: Checkpoint, parts: Sequence[str]) -> dict[str, Cost]:
     module = checkpoint.module()
-    counted = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.MultiheadAttention)
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, counted)}
-    parameters = {name: sum(p.numel() for p in layer.parameters()) for name, layer in layers.items()}
-    outputs = {name: _outputs(layer) for name, layer in layers.items()}
+    outputs = _layers(checkpoint)
+    parameters = {name: weight.numel() for name, weight in module.named_parameters()}
     macs = _count_macs(module, checkpoint.inputs[0].at_batch(1))
     return {
-        name: Cost(outputs[name], parameters[name], macs.get(name, 0))
-        for name in layers
-        if name.rpartition(".")[0] not in layers  # an attention's own output projection is counted with it
+        part: Cost(
+            sum(number for name, number in outputs.items() if _is_in(name, part)),
+            sum(number for name, number in parameters.items() if _is_in(name, part)),
+            macs.get(part, 0),
+        )
+        for part in parts
     }
 
 
-def compare_layers(before: Checkpoint, after: Checkpoint) -> tuple[Shrunk, ...]:
-    """What became of each part of the network: layers whose names begin alike, so that a person can read them all."""
-    costs = [layer_costs(checkpoint) for checkpoint in (before, after)]
-    deepest = max((name.count(".") for name in costs[0]), default=0)
-    for depth in range(deepest + 1, 0, -1):
-        parts: dict[str, list[str]] = defaultdict(list)
-        for name in costs[0]:
-            parts[".".join(name.split(".")[:depth])].append(name)
-        if len(parts) <= _MOST_ROWS:
-            break
-    return tuple(Shrunk(part, len(names), *(_sum(each, names) for each in costs)) for part, names in parts.items())
+def _is_in(name: str, part: str) -> bool:
+    return part in (_WHOLE, name) or name.startswith(f"{part}.")
 
 
-def _sum(costs: Mapping[str, Cost], names: list[str]) -> Cost:
-    return sum((costs[name] for name in names), Cost(0, 0, 0))
+def _layers(checkpoint: Checkpoint) -> dict[str, int]:
+    """The outputs of each convolution, linear layer and attention by its name, in the order of the network."""
+    from torch import nn
 
-
-def _outputs(layer: nn.Module) -> int:
-    for name in ("out_channels", "out_features", "embed_dim"):
-        if name in vars(layer):
-            return int(vars(layer)[name])
-    raise TypeError(f"{type(layer).__name__} has no number of outputs")
+    outputs = {}
+    for name, layer in checkpoint.module().named_modules():
+        for kind, number in _OUTPUTS.items():
+            if isinstance(layer, getattr(nn, kind)) and name.rpartition(".")[0] not in outputs:
+                outputs[name] = int(vars(layer)[number])  # an attention's own output projection counts with it
+    return outputs
 
 
 def _count_macs(module: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
-    """By the name of each module, "" for the whole; an operation counts for all modules around it."""
+    """By the name of each module, _WHOLE for all; an operation counts for every module around it."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -96,4 +106,4 @@ def _count_macs(module: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
     root = type(module).__name__
     flops = {name: sum(each.values()) for name, each in counter.get_flop_counts().items()}
     macs = {name.removeprefix(f"{root}."): number // 2 for name, number in flops.items() if name.startswith(f"{root}.")}
-    return {"": counter.get_total_flops() // 2, **macs}
+    return {_WHOLE: counter.get_total_flops() // 2, **macs}

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from torch import nn
 
 from memopt.tensors import TensorSpec
 from memopt_models.checkpoint import Checkpoint, snapshot
-from memopt_models.layer_costs import Cost, compare_layers, count_macs, layer_costs
+from memopt_models.layer_costs import Cost, compare_parts, count_macs
 from memopt_models.networks import build
 
 
@@ -25,39 +23,32 @@ def test_multiply_accumulates_are_those_counted_by_hand(module: nn.Module, shape
     assert count_macs(module, shape) == macs
 
 
-def test_layers_cost_what_they_do(dense: Checkpoint) -> None:
-    assert layer_costs(dense) == {
+def test_parts_cost_what_they_do(dense: Checkpoint) -> None:
+    parts = {part.name: part.before for part in compare_parts(dense, dense)}
+    assert parts == {
         "conv1": Cost(16, 160, 16 * 9 * 784),
         "conv2": Cost(32, 4640, 32 * 16 * 9 * 196),
         "fc1": Cost(32, 50208, 1568 * 32),
         "fc2": Cost(10, 330, 320),
+        "all": Cost(90, dense.parameters, 16 * 9 * 784 + 32 * 16 * 9 * 196 + 1568 * 32 + 320),
     }
 
 
-def test_layers_of_a_network_add_up_to_the_whole() -> None:
-    settings = {"classes": 10, "image_size": 32}
-    module = build("vit_b_16", settings)
+def test_all_of_it_is_the_last_part_and_has_shrunk(dense: Checkpoint, pruned: Checkpoint) -> None:
+    parts = compare_parts(dense, pruned)
+    assert [part.name for part in parts] == ["conv1", "conv2", "fc1", "fc2", "all"]
+    assert [part.after.outputs for part in parts] == [8, 16, 16, 10, 50]
+    assert parts[-1].after.parameters == pruned.parameters
+    assert parts[-1].after.macs == pruned.metrics["macs"]
+
+
+@pytest.mark.parametrize(("network", "layers"), [("resnet18", 21), ("swin_t", 53), ("squeezenet1_1", 26)])
+def test_parts_of_a_deep_network_are_few_and_complete(network: str, layers: int) -> None:
     inputs = (TensorSpec("input", "float32", ("batch", 3, 32, 32)),)
-    checkpoint = Checkpoint("vit_b_16", settings, snapshot(module), inputs, tuple("0123456789"), (), (), {}, 0)
-    costs = layer_costs(checkpoint).values()
-    norms = sum(p.numel() for name, p in module.named_parameters() if "ln" in name)
-    beside = module.class_token.numel() + module.encoder.pos_embedding.numel()
-    assert sum(cost.parameters for cost in costs) + norms + beside == checkpoint.parameters
-    assert sum(cost.macs for cost in costs) == count_macs(module, (1, 3, 32, 32))
-
-
-def test_parts_are_layers_whose_names_begin_alike(dense: Checkpoint, pruned: Checkpoint) -> None:
-    parts = compare_layers(dense, pruned)
-    assert [part.name for part in parts] == ["conv1", "conv2", "fc1", "fc2"]
-    assert [part.after.outputs for part in parts] == [8, 16, 16, 10]
-    assert sum(part.after.parameters for part in parts) == pruned.parameters
-
-
-def test_parts_of_a_deep_network_are_few_and_complete() -> None:
-    inputs = (TensorSpec("input", "float32", ("batch", 3, 32, 32)),)
-    state = snapshot(build("resnet18", {"classes": 10}))
-    whole = Checkpoint("resnet18", {"classes": 10}, state, inputs, tuple("0123456789"), (), (), {}, 0)
-    parts = compare_layers(whole, replace(whole))
+    state = snapshot(build(network, {"classes": 10}))
+    whole = Checkpoint(network, {"classes": 10}, state, inputs, tuple("0123456789"), (), (), {}, 0)
+    *parts, every = compare_parts(whole, whole)
     assert 4 <= len(parts) <= 16
-    assert sum(part.layers for part in parts) == 21
-    assert all(part.before == part.after for part in parts)
+    assert sum(part.layers for part in parts) == every.layers == layers
+    assert every.before == every.after
+    assert sum(part.before.macs for part in parts) == every.before.macs == count_macs(whole.module(), (1, 3, 32, 32))
