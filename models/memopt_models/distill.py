@@ -101,6 +101,7 @@ def distill(
     first = begin(network, settings, data, how.train, start=start)
     if first.preprocess != teacher.preprocess:
         raise InputRefused("start and teacher prepare their inputs differently", hint="train both on the same data")
+    taught(first.module(), teacher.module(), how, first.inputs[0].at_batch(2))  # refused now, not after hours
     asked = {name: value for name, value in vars(how).items() if name != "train"}
     given = {**identify(first), **asked, "teacher": teacher.sha256}
     subject = Subject(first, f"{__name__}:{trainee.__name__}", {"teacher": teacher}, {**asked, "seed": how.train.seed})

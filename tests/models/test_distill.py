@@ -126,6 +126,13 @@ def test_student_taught_by_features_is_a_plain_network(dense: Checkpoint, few: D
     assert list(student.lineage[-1].settings["features"]) == ["block1=pool2", "fc=fc2"]
 
 
+def test_layers_that_are_not_there_are_refused_before_the_first_step(dense: Checkpoint, few: DataSet) -> None:
+    seen: list[Progress] = []
+    with pytest.raises(UsageError, match="the teacher has no layer 'odd'"):
+        distill(dense, "ds_cnn", TINY, few, DistillSettings(ONE, features=("fc=odd",)), on_step=seen.append)
+    assert not seen
+
+
 def test_probe_of_memory_trains_what_is_trained(dense: Checkpoint) -> None:
     module, loss = trainee(dense, teacher=dense, seed=0, temperature=4.0, alpha=0.5, features=["auto"], beta=1.0)
     inputs, labels = torch.randn(4, 1, 28, 28), torch.zeros(4, dtype=torch.long)
