@@ -146,7 +146,7 @@ _FLOATS = (
     "--network",
     default="simple_cnn",
     show_default=True,
-    help="simple_cnn, ds_cnn, a torchvision classifier, or pkg.mod:factory.",
+    help="simple_cnn, ds_cnn, tiny_cnn, a torchvision classifier, or pkg.mod:factory.",
 )
 @click.option(
     "--setting", "settings", multiple=True, metavar="NAME=VALUE", help="Of the network; may be given several times."

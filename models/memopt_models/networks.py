@@ -156,7 +156,7 @@ def ds_cnn(classes: int = 10, in_channels: int = 1, width: int = 8, depth: int =
     return nn.Sequential(layers)
 
 
-def tiny_cnn(classes: int = 10, in_channels: int = 1, channels: Sequence[int] = (11, 20, 24, 32, 32)) -> nn.Module:
+def tiny_cnn(classes: int = 10, in_channels: int = 1, channels: Sequence[int] = (8, 16, 22, 28, 30)) -> nn.Module:
     """A student for the smallest files: strided 3x3 stem, separable blocks, max pooling, global average, one layer.
 
     Blocks are those of `ds_cnn`, without strides; the pooling halves height and width after the first half of them.
