@@ -418,9 +418,12 @@ def _run_epoch(training: Training, data: DataSet, loss_function: Loss, progress:
 
 
 def _depends_on(module: nn.Module, data: DataSet, how: TrainSettings) -> dict[str, Any]:
-    """What decides the result of a training, as far as it can be seen here: of limits it is independent."""
+    """What decides the result of a training, as far as it can be seen here: of limits it is independent.
+
+    The weights are copied: a tensor that numpy has seen can no longer be resized, and torchao's observers are, later.
+    """
     unlimited = replace(how, max_memory_bytes=None, max_device_memory_bytes=None)
-    return {"how": asdict(unlimited), **describe(data), "start": digest_state(module.state_dict())}
+    return {"how": asdict(unlimited), **describe(data), "start": digest_state(snapshot(module))}
 
 
 def _seed_epoch(training: Training) -> None:

@@ -17,6 +17,7 @@ from memopt_models.checkpoint import Checkpoint
 from memopt_models.data import DataSet
 from memopt_models.distill import DistillSettings, distill
 from memopt_models.prune import PruneSettings, prune
+from memopt_models.qat import QatSettings, train_rounded
 from memopt_models.resume import Keep
 from memopt_models.train import Progress, TrainSettings, train
 from memopt_models.training_memory import Ledger, settle
@@ -246,3 +247,27 @@ def test_forgetting_leaves_files_of_others(keep: Keep, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "other.safetensors.train.resume", "out.resume", "out.safetensors",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4-weights"])
+def test_training_to_be_rounded_goes_on(precision: str, dense: Checkpoint, few: DataSet, keep: Keep) -> None:
+    how = QatSettings(replace(LONG, epochs=3, learning_rate=1e-3), precision=precision)
+    expected = train_rounded(dense, few, how)
+    with pytest.raises(KilledError):
+        train_rounded(dense, few, how, keep=keep, on_step=cut_off("qat", 3))
+    seen: list[Progress] = []
+    made = train_rounded(dense, few, how, keep=keep, on_step=seen.append)
+    assert "goes on after epoch 2" in seen[0].note
+    assert facts(made) == facts(expected)
+    assert made.quantization == expected.quantization
+
+
+def test_pruning_in_steps_goes_on(dense: Checkpoint, few: DataSet, keep: Keep) -> None:
+    how = PruneSettings(steps=2, finetune=replace(LONG, epochs=4))
+    stages: list[Progress] = []
+    expected = prune(dense, few, how, on_step=stages.append)
+    last = stages[-1].stage
+    assert last != stages[0].stage
+    with pytest.raises(KilledError):
+        prune(dense, few, how, keep=keep, on_step=cut_off(last, 2))
+    assert facts(prune(dense, few, how, keep=keep)) == facts(expected)
