@@ -56,7 +56,7 @@ def with_uint8_input(exported: Exported, pictures: Array, samples: Array, *, com
     network = torch.export.load(io.BytesIO(exported.program)).module()
     with torch.inference_mode():
         expected = network(torch.from_numpy(np.ascontiguousarray(samples))).numpy()
-    parity = from_torch.prove_parity(graph, pictures, expected, rounded=graph.quantization is not None)
+    parity = from_torch.prove_parity(graph, pictures, expected, rounded=exported.parity.noise is not None)
     if not parity.holds:
         raise AnswerIsNo(f"with uint8 input the graph differs from torch by {parity.max_difference:.3g}")
     _, numbers = split_steps(exported.graph.preprocess or ())

@@ -28,10 +28,10 @@ from memopt.compare import save_arrays
 from memopt.memory import STEADY
 from memopt.probe import Request, measure
 from memopt_export.from_torch import export
-from memopt_export.graph import load_graph, run_batches, save_graph
+from memopt_export.graph import Graph, load_graph, run_batches, save_graph
 from memopt_export.plan import plan
 from memopt_models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from memopt_models.data import DataSet, open_data, open_samples
+from memopt_models.data import DataSet, Samples, open_data, open_samples
 from memopt_models.prune import PruneSettings, prune
 from memopt_models.qat import QatSettings, train_rounded
 from memopt_models.train import TrainSettings, train
@@ -64,8 +64,8 @@ class Row:
     activation_bytes: int
     private_bytes: int | None  # measured in a fresh process, at batch 1
     peak_bytes: int | None
-    validation_top1: float  # of the checkpoint, by which its epoch was chosen
-    test_top1: float  # of the file, in ONNX Runtime
+    validation_top1: float  # of the file, in ONNX Runtime; what is chosen is chosen by this
+    test_top1: float  # the same, only ever told
 
 
 def main() -> int:
@@ -159,14 +159,12 @@ def _made(name: str, asked: Any, make: Callable[[], Checkpoint]) -> Checkpoint:
 
 def _row(name: str, checkpoint: Checkpoint, data: DataSet, seed: int, *, views: int = 1) -> Row:
     """The compact file of the checkpoint, and what it needs."""
-    assert data.spec is not None
-    samples = open_samples(data.spec, split="test", inputs=checkpoint.inputs, preprocess=checkpoint.preprocess)
-    assert samples.labels is not None
+    validation, samples = _samples(checkpoint, data, "validation"), _samples(checkpoint, data, "test")
     (key,) = samples.feeds
-    path = WORK / f"{name.replace(' ', '-').replace('%', '')}-{seed}.onnx"
-    save_graph(export(checkpoint, samples.feeds[key][:64], compact=True, views=views).graph, path, force=True)
+    path = WORK / f"{name.replace(' ', '-').replace('%', '').replace(',', '')}-{seed}.onnx"
+    exported = export(checkpoint, validation.feeds[key][:64], compact=True, views=views)
+    save_graph(exported.graph, path, force=True)
     graph = load_graph(path)
-    outputs = np.concatenate([logits for (logits,) in run_batches(graph, samples.batches(250))])
     planned = plan(graph, batch=1, threads=1)
     with tempfile.TemporaryDirectory(prefix="memopt-bench-") as folder:
         inputs = save_arrays(samples.pick(slice(8)).feeds, Path(folder))
@@ -174,8 +172,19 @@ def _row(name: str, checkpoint: Checkpoint, data: DataSet, seed: int, *, views: 
     return Row(
         name, seed, path.stat().st_size, planned.weights_bytes, planned.activation_bytes,
         bill.phases[STEADY].private_bytes, bill.peak_bytes,
-        checkpoint.metrics["validation_top1"], top1(outputs, samples.labels),
+        _accuracy(graph, validation), _accuracy(graph, samples),
     )  # fmt: skip
+
+
+def _samples(checkpoint: Checkpoint, data: DataSet, split: str) -> Samples:
+    assert data.spec is not None
+    return open_samples(data.spec, split=split, inputs=checkpoint.inputs, preprocess=checkpoint.preprocess)
+
+
+def _accuracy(graph: Graph, samples: Samples) -> float:
+    """Top-1 of the file in ONNX Runtime."""
+    assert samples.labels is not None
+    return top1(np.concatenate([logits for (logits,) in run_batches(graph, samples.batches(250))]), samples.labels)
 
 
 def _mean(rows: list[Row]) -> dict[str, float]:
@@ -192,14 +201,20 @@ def _mean(rows: list[Row]) -> dict[str, float]:
 
 
 def _marks(means: dict[str, dict[str, float]]) -> Iterator[Mark]:
-    """The marks: how many times smaller, at no more than 0.1 points below dense; the smallest file that keeps to it."""
-    dense, kept = means["dense fp32"], means["dense fp32"]["test_top1"] - 0.001
+    """The marks. Of several files the smallest that validation puts within 0.1 points of dense is taken, or the most
+    accurate one on validation where none is.
+    """
+    dense = means["dense fp32"]
     for label, kind, floor in (("given network, pruned and rounded", "pruned", 30), ("student", "student", 250)):
-        near = [
-            mean["size_bytes"] for name, mean in means.items() if name.startswith(kind) and mean["test_top1"] >= kept
-        ]
-        times = dense["size_bytes"] / min(near) if near else float("nan")
-        yield Mark(f"{label}, smaller at 0.1 points below dense", times, "x", floor=floor)
+        files = [mean for name, mean in means.items() if name.startswith(kind)]
+        near = [mean for mean in files if mean["validation_top1"] >= dense["validation_top1"] - 0.001]
+        taken = (
+            min(near, key=lambda mean: mean["size_bytes"])
+            if near
+            else max(files, key=lambda mean: mean["validation_top1"])
+        )
+        yield Mark(f"{label}, smaller than dense", dense["size_bytes"] / taken["size_bytes"], "x", floor=floor)
+        yield Mark(f"{label}, top-1 below it", 100 * (dense["test_top1"] - taken["test_top1"]), "points", limit=0.1)
     gained = 100 * (means["dense int8"]["test_top1"] - dense["test_top1"])
     yield Mark("INT8 of the dense network, above it", gained, "points", floor=0)
     full, small = means["resnet18 fp32"], means["resnet18 pruned 50% int8"]
