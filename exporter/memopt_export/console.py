@@ -286,9 +286,7 @@ def _sparse_facts(note: Mapping[str, Any], metrics: Mapping[str, float]) -> dict
     after, before = (show_size(metrics[name]) for name in ("compressed_bytes", "compressed_bytes_before"))
     saves = "a compressed file, nothing else: zeros are stored and computed with like any other number"
     if "pattern" in note["kind"]:
-        saves = (
-            "time in TensorRT from sm80 on where the pattern is 2:4, and in a compressed file; in no other, no memory"
-        )
+        saves = "time in TensorRT from sm80 on where the pattern is 2:4, and a compressed file; nothing else"
     return {
         "zeros": f"{100 * metrics['zeros']:.2f}% of the parameters, in {len(note['layers'])} layers",
         "left dense": _some(note["skipped"]),
