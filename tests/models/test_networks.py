@@ -79,7 +79,10 @@ def test_settings_of_the_data_are_filled_in_where_the_factory_takes_them(monkeyp
     [
         ("simple_cn", "network 'simple_cn' is not known; hint: did you mean simple_cnn"),
         ("resnet19", "did you mean resnet"),
-        ("qqq", "network 'qqq' is not known; hint: simple_cnn, ds_cnn, tiny_cnn, a torchvision model or pkg.mod:factory"),
+        (
+            "qqq",
+            "network 'qqq' is not known; hint: simple_cnn, ds_cnn, tiny_cnn, a torchvision model or pkg.mod:factory",
+        ),
         ("nowhere:net", "'nowhere:net' cannot be imported: No module named 'nowhere'"),
         (":net", "cannot be imported"),
         ("math:nothing", "module 'math' has no 'nothing'"),
