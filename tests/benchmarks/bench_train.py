@@ -95,7 +95,7 @@ def given(seed: int) -> list[Row]:
     base = _made("base", half, lambda: train("simple_cnn", {}, data, half))
     more = _how(EPOCHS - 8, 2e-3, seed)
     dense = _made("dense", [half, more], lambda: train("simple_cnn", {}, data, more, start=base))
-    rows = [_row("dense fp32", dense, data, seed)]
+    rows = _rows("dense fp32", dense, data, seed)
     int8 = QatSettings(_exact(_how(2, 1e-4, seed)))
     trained = _made("int8", [half, more, int8], lambda: train_rounded(dense, data, int8))
     rows.append(_row("dense int8", trained, data, seed))
@@ -104,7 +104,7 @@ def given(seed: int) -> list[Row]:
         pruned = _made("pruned", [half, cut], lambda cut=cut: prune(base, data, cut))
         rounding = QatSettings(_exact(_how(7, 2e-3, seed)), precision="int4-weights")
         small = _made("pruned-int4", [half, cut, rounding], lambda p=pruned, r=rounding: train_rounded(p, data, r))
-        rows.append(_row(f"pruned {ratio:.0%} int4", small, data, seed))
+        rows += _rows(f"pruned {ratio:.0%} int4", small, data, seed)
     return rows
 
 
@@ -117,7 +117,7 @@ def student(seed: int) -> list[Row]:
         _exact(_how(EPOCHS - 12, 3e-3, seed)), precision="int4-weights", layer_bits={"*.depthwise.conv": 8}
     )
     small = _made("student-int4", [settings, how, rounding], lambda: train_rounded(free, data, rounding))
-    return [_row("student int4", small, data, seed), _row("student int4, 4 views", small, data, seed, views=VIEWS)]
+    return _rows("student int4", small, data, seed)
 
 
 def residual(seed: int) -> list[Row]:
@@ -155,6 +155,12 @@ def _made(name: str, asked: Any, make: Callable[[], Checkpoint]) -> Checkpoint:
 
 
 # --- what is measured
+
+
+def _rows(name: str, checkpoint: Checkpoint, data: DataSet, seed: int) -> list[Row]:
+    """The file as it is, and the one that sees each picture from VIEWS places."""
+    seen = _row(f"{name}, {VIEWS} views", checkpoint, data, seed, views=VIEWS)
+    return [_row(name, checkpoint, data, seed), seen]
 
 
 def _row(name: str, checkpoint: Checkpoint, data: DataSet, seed: int, *, views: int = 1) -> Row:
@@ -202,9 +208,9 @@ def _mean(rows: list[Row]) -> dict[str, float]:
 
 def _marks(means: dict[str, dict[str, float]]) -> Iterator[Mark]:
     """The marks. Of several files the smallest that validation puts within 0.1 points of dense is taken, or the most
-    accurate one on validation where none is.
+    accurate one on validation where none is; dense may be seen from as many places as the others.
     """
-    dense = means["dense fp32"]
+    dense = max((means["dense fp32"], means[f"dense fp32, {VIEWS} views"]), key=lambda mean: mean["validation_top1"])
     for label, kind, floor in (("given network, pruned and rounded", "pruned", 30), ("student", "student", 250)):
         files = [mean for name, mean in means.items() if name.startswith(kind)]
         near = [mean for mean in files if mean["validation_top1"] >= dense["validation_top1"] - 0.001]
@@ -213,9 +219,9 @@ def _marks(means: dict[str, dict[str, float]]) -> Iterator[Mark]:
             if near
             else max(files, key=lambda mean: mean["validation_top1"])
         )
-        yield Mark(f"{label}, smaller than dense", dense["size_bytes"] / taken["size_bytes"], "x", floor=floor)
+        yield Mark(f"{label}, smaller than dense", means["dense fp32"]["size_bytes"] / taken["size_bytes"], "x", floor=floor)
         yield Mark(f"{label}, top-1 below it", 100 * (dense["test_top1"] - taken["test_top1"]), "points", limit=0.1)
-    gained = 100 * (means["dense int8"]["test_top1"] - dense["test_top1"])
+    gained = 100 * (means["dense int8"]["test_top1"] - means["dense fp32"]["test_top1"])
     yield Mark("INT8 of the dense network, above it", gained, "points", floor=0)
     full, small = means["resnet18 fp32"], means["resnet18 pruned 50% int8"]
     held = [mean["weights_bytes"] + mean["activation_bytes"] for mean in (small, full)]
