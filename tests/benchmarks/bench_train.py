@@ -219,7 +219,9 @@ def _marks(means: dict[str, dict[str, float]]) -> Iterator[Mark]:
             if near
             else max(files, key=lambda mean: mean["validation_top1"])
         )
-        yield Mark(f"{label}, smaller than dense", means["dense fp32"]["size_bytes"] / taken["size_bytes"], "x", floor=floor)
+        yield Mark(
+            f"{label}, smaller than dense", means["dense fp32"]["size_bytes"] / taken["size_bytes"], "x", floor=floor
+        )
         yield Mark(f"{label}, top-1 below it", 100 * (dense["test_top1"] - taken["test_top1"]), "points", limit=0.1)
     gained = 100 * (means["dense int8"]["test_top1"] - means["dense fp32"]["test_top1"])
     yield Mark("INT8 of the dense network, above it", gained, "points", floor=0)
