@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
 from memopt.artifact import open_artifact
@@ -137,7 +138,9 @@ def test_program_runs_without_torchao_and_answers_as_the_graph(case: Case, tmp_p
     session.close()
     (expected,) = run_graph(case.exported.graph, {"input": case.samples}, optimized=False)
     np.testing.assert_allclose(got, expected, atol=0.02 * np.abs(expected).max())
-    assert len(case.exported.program) < 4 * case.dense.parameters  # so it holds no float weights
+    program = torch.export.load(path)
+    held = [*program.state_dict.values(), *program.constants.values()]
+    assert {tensor.dtype for tensor in held if tensor.ndim > 1} == {torch.int8}  # it holds no float weights
 
 
 def test_graph_knows_that_it_was_trained_and_is_not_quantized_again(case: Case, tmp_path: Path) -> None:
