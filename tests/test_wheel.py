@@ -99,7 +99,7 @@ def clean_python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
 
 def test_the_wheel_is_small_and_holds_the_three_packages(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert wheel.stat().st_size < 500_000  # text alone: no model, no data set, no library
+    assert wheel.stat().st_size < 750_000  # text alone: no model, no data set, no library
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {
         "memopt", "memopt_models", "memopt_export"
     }  # fmt: skip

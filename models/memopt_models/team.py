@@ -183,6 +183,7 @@ def joined(team: Team, *, meeting: str, gpu: int = 0) -> Iterator[Team]:
             raise
         problem = f"process {team.rank} of {team.size} has lost another one: {first_line(error)}"
         raise Lost(problem, hint="the same command goes on after the last epoch") from error
+    distributed.barrier()  # a process that goes while others still talk to it takes them down
     distributed.destroy_process_group()  # not after an error, when nobody may answer any more
 
 

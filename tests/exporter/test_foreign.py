@@ -607,7 +607,7 @@ NOT: dict[str, dict[str, tuple[int, str]]] = {
     "QLinearConv": {"quantize": (3, _QUANTIZED)},
     "Q/DQ per channel": {"quantize": (3, _QUANTIZED)},
     "MatMulInteger": {"quantize": (3, _QUANTIZED)},
-    "INT4 blocks": {"quantize": (3, _QUANTIZED)},
+    "INT4 blocks": {"quantize": (3, _QUANTIZED.replace("int8", "int4-weights"))},
     "MatMulNBits": {"quantize": (3, _QUANTIZED)},
     "tokens and a scalar": {"compare": (1, _SCALAR)},
     "float16": {"quantize": (3, "the graph is already fp16")},

@@ -209,13 +209,13 @@ def test_full_disk_loses_nothing(few: DataSet, keep: Keep, file: Path, monkeypat
 def test_both_trainings_of_a_distillation_go_on(dense: Checkpoint, few: DataSet, keep: Keep, tmp_path: Path) -> None:
     how, student = DistillSettings(replace(LONG, epochs=3)), ("ds_cnn", {"width": 2, "depth": 1})
     expected = distill(dense, *student, few, how)
-    for stage in ("distilled", "plain"):
+    for stage in ("plain", "distilled"):
         with pytest.raises(KilledError):
             distill(dense, *student, few, how, keep=keep, on_step=cut_off(stage, 2))
     steps: list[Progress] = []
     made = distill(dense, *student, few, how, keep=keep, on_step=steps.append)
     assert facts(made) == facts(expected)
-    assert {progress.step for progress in steps if progress.stage == "distilled" and not progress.note} == {4}
+    assert {progress.step for progress in steps if progress.stage == "plain" and not progress.note} == {4}
     assert len(list(tmp_path.glob("out.safetensors.*.resume"))) == 2
     with pytest.raises(UsageError, match=r"another training: temperature was 4\.0, is 2\.0"):
         distill(dense, *student, few, replace(how, temperature=2.0), keep=keep)
