@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.errors import AnswerIsNo, UsageError
-from memopt.preprocess import prepare
-from memopt_models.checkpoint import Checkpoint, count_parameters, snapshot
+from memopt_models.checkpoint import Checkpoint, snapshot
 from memopt_models.dataset import DataSet
 from memopt_models.evaluate import measure
+from memopt_models.feed import Feeder
 from memopt_models.hidden import cut_hidden
 from memopt_models.layer_costs import count_macs
 from memopt_models.prune_apart import Cutter, Limits, cutter_apart
@@ -57,10 +57,14 @@ class PruneSettings:
         if unknown or not self.ways:
             raise UsageError(f"ways of pruning are {list(self.ways)}", hint=", ".join(WAYS))
 
+    @property
+    def seed(self) -> int:
+        """Of pictures drawn for gradients, and of channels drawn at random: that of the fine-tuning, or 0."""
+        return self.finetune.seed if self.finetune is not None else 0
+
     def cut(self, ratio: float) -> Cut:
         """What a cutter is asked for, at this ratio."""
-        seed = self.finetune.seed if self.finetune is not None else 0
-        return Cut(ratio, self.method, self.scope, self.round_to, self.protect, seed)
+        return Cut(ratio, self.method, self.scope, self.round_to, self.protect, self.seed)
 
 
 def prune(
@@ -154,7 +158,7 @@ class _Pruning:
         for step in range(1, how.steps + 1):
             gone, wanted = (how.ratio * each / how.steps for each in (step - 1, step))
             if target is None:
-                trial = self._attempt(current, (1 - wanted) / (1 - gone))
+                trial = self._attempt(current, (1 - wanted) / (1 - gone), self._gradients(current))
             else:
                 trial = self._reach(current, target, limit=before - (before - limit) * step // how.steps)
             ratios.append(round(1 - trial.kept, 6))
@@ -169,12 +173,22 @@ class _Pruning:
         cost = measure_cost(target, checkpoint, self.price)
         if cost <= limit:
             return Trial(1.0, cost, checkpoint)
-        return search(lambda kept: self._attempt(checkpoint, kept, target), before=cost, limit=limit, target=target)
+        gradients = self._gradients(checkpoint)  # once: every trial starts from the same weights
 
-    def _attempt(self, checkpoint: Checkpoint, kept: float, target: Target | None = None) -> Trial:
-        cut = self.how.cut(1 - kept)
-        gradients = _gradients(checkpoint, self.data, cut.seed) if cut.method == "taylor" else None
-        pruned = replace(checkpoint, state=self.cutter(checkpoint, cut, gradients))
+        def attempt(kept: float) -> Trial:
+            return self._attempt(checkpoint, kept, gradients, target)
+
+        return search(attempt, before=cost, limit=limit, target=target)
+
+    def _gradients(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor] | None:
+        """What the method needs of them."""
+        return _gradients(checkpoint, self.data, self.how.seed) if self.how.method == "taylor" else None
+
+    def _attempt(
+        self, checkpoint: Checkpoint, kept: float, gradients: dict[str, torch.Tensor] | None,
+        target: Target | None = None,
+    ) -> Trial:  # fmt: skip
+        pruned = replace(checkpoint, state=self.cutter(checkpoint, self.how.cut(1 - kept), gradients))
         return Trial(kept, measure_cost(target, pruned, self.price) if target is not None else 0, pruned)
 
     def _finetune(self, checkpoint: Checkpoint, epochs: int, stage: str) -> Checkpoint:
@@ -205,10 +219,10 @@ def _gradients(checkpoint: Checkpoint, data: DataSet, seed: int) -> dict[str, to
 
     module = checkpoint.module()
     drawn = np.random.default_rng(seed).permutation(len(data.train))[:_GRADIENT_SAMPLES]
+    feeder = Feeder(data.train, data.preprocess, batch_size=_GRADIENT_BATCH)
     for start in range(0, len(drawn), _GRADIENT_BATCH):
-        batch = data.train.pick(np.sort(drawn[start : start + _GRADIENT_BATCH]))
-        inputs = torch.from_numpy(prepare(np.asarray(batch.images), data.preprocess))
-        cross_entropy(module(inputs), torch.from_numpy(batch.labels), inputs).backward()  # type: ignore[no-untyped-call]
+        inputs, labels = feeder.batch(np.sort(drawn[start : start + _GRADIENT_BATCH]))
+        cross_entropy(module(inputs), labels, inputs).backward()  # type: ignore[no-untyped-call]
     return {
         name: torch.zeros_like(weight) if weight.grad is None else weight.grad
         for name, weight in module.named_parameters()
@@ -216,6 +230,6 @@ def _gradients(checkpoint: Checkpoint, data: DataSet, seed: int) -> dict[str, to
 
 
 def _refuse_unchanged(before: Checkpoint, after: Checkpoint, how: PruneSettings) -> None:
-    if count_parameters(before.module()) == count_parameters(after.module()):
+    if before.parameters == after.parameters:
         problem = f"no channel could be removed at ratio {how.ratio} by {how.method}, rounded to {how.round_to}"
         raise AnswerIsNo(problem, hint="a larger --ratio, a smaller --round-to, or --method l2")

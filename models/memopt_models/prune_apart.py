@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from memopt import errors
+from memopt.child import command as python_command
+from memopt.child import main_of
 from memopt.errors import BackendError, IntegrityError, MemoptError, UsageError, printable
 from memopt.memory import limit_process
 from memopt.sizes import show_size
@@ -38,8 +40,7 @@ Cutter = Callable[[Checkpoint, Cut, "Mapping[str, torch.Tensor] | None"], "dict[
 
 _MEMORY_PER_BYTE = 8  # beside Limits.memory_bytes, for each byte of the weights
 _EXIT_S = 5.0  # in which a child that has closed its output has to end
-# The child finds modules where this process does, but not in the current folder: a user's statistics.py is not ours.
-_CHILD = "import sys; sys.path = sys.argv[1:]; from memopt_models.prune_apart import main; sys.exit(main())"
+_CHILD = main_of(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def cutter_apart(limits: Limits, *, command: str = _CHILD) -> Iterator[Cutter]:
         BackendError: no child can be started.
     """
     with tempfile.TemporaryDirectory(prefix="memopt-prune-") as folder, (Path(folder) / "stderr").open("w+b") as stderr:
-        arguments = [sys.executable, "-c", command, *filter(None, sys.path)]
+        arguments = python_command(command)
         pipe = subprocess.PIPE
         try:
             child = subprocess.Popen(arguments, stdin=pipe, stdout=pipe, stderr=stderr)

@@ -27,7 +27,7 @@ import numpy as np
 
 from memopt.artifact import map_file
 from memopt.errors import InputRefused, OutOfResource
-from memopt.files import atomic_file, is_private, locked
+from memopt.files import atomic_file, drop_least_recent, is_private, locked
 from memopt.npy import read_npy
 from memopt.sizes import show_size
 from memopt.specialization import cache_folder
@@ -103,13 +103,7 @@ class Store:
             with contextlib.suppress(OSError):  # another process may evict as well
                 status = path.stat()
                 files.append((status.st_mtime_ns, status.st_size, path))
-        total_bytes = sum(size_bytes for _, size_bytes, _ in files)
-        for _, size_bytes, path in sorted(files):
-            if total_bytes <= self.limit_bytes:
-                break
-            if path != keep:
-                path.unlink(missing_ok=True)
-                total_bytes -= size_bytes
+        drop_least_recent(files, limit_bytes=self.limit_bytes, keep=keep)
 
 
 def default_store() -> Store:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt import errors
+from memopt.child import command, main_of
 from memopt.errors import BackendError, IntegrityError, MemoptError, first_line
 from memopt.memory import capped, settled_resident
 from memopt.strict_json import from_json, to_json
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 STEPS = 2  # Adam's state comes at the end of the first step, and meets the activations in the second
-# The child finds modules where this process does, but not in the current folder: a user's statistics.py is not ours.
-_CHILD = "import sys; sys.path = sys.argv[1:]; from memopt_models.training_probe import main; sys.exit(main())"
 TOO_FEW = "Expected more than 1 value per channel"  # torch's BatchNorm, when it gets one sample of 1x1 features
 
 
@@ -132,10 +131,10 @@ def main() -> int:
 
 
 def _ask(request: _Request, timeout_s: float) -> Peak | Refusal:
-    command = [sys.executable, "-c", _CHILD, *filter(None, sys.path)]
+    arguments = command(main_of(__name__))
     try:
         child = subprocess.run(
-            command, input=to_json(request).encode(), capture_output=True, timeout=timeout_s, check=False
+            arguments, input=to_json(request).encode(), capture_output=True, timeout=timeout_s, check=False
         )
     except subprocess.TimeoutExpired as error:
         raise errors.OutOfResource(

@@ -17,7 +17,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -26,6 +25,7 @@ from tempfile import TemporaryDirectory
 from memopt.artifact import Artifact, open_artifact
 from memopt.batching import memory_curve
 from memopt.bundle import Bundle
+from memopt.child import beside
 from memopt.choice import Choice
 from memopt.errors import BackendError, IntegrityError, OutOfResource, first_line
 from memopt.files import is_private, sha256_file
@@ -66,9 +66,11 @@ class _Entry:
     sha256: dict[str, str]  # file name -> digest
 
 
-def find_stale(bundle: Bundle) -> Rebuild | None:
-    """The first engine of the bundle that only has to be built anew to run here; None where there is none."""
+def find_stale(bundle: Bundle, wanted: str | None = None) -> Rebuild | None:
+    """The first engine of the bundle, or the one wanted, that only has to be built anew to run here; None: none is."""
     for variant in bundle.manifest.variants:
+        if wanted not in (None, variant.id):
+            continue
         runtime = RUNTIMES.get(variant.runtime)
         if variant.engine is None or variant.source is None or not isinstance(runtime, TrtRuntime):
             continue
@@ -143,15 +145,7 @@ class Underway:
 
 def build_beside(rebuild: Rebuild, bundle: Bundle, cache: Cache) -> Underway:
     """The engine, or the error, some time; a process that ends does not wait for it."""
-    made: Future[Artifact] = Future()
-
-    def make() -> None:
-        try:
-            made.set_result(find_or_build(rebuild, bundle, cache))
-        except Exception as error:  # noqa: BLE001  # whoever asks for the result gets it
-            made.set_exception(error)
-
-    threading.Thread(target=make, name="memopt-engine", daemon=True).start()
+    made = beside(lambda: find_or_build(rebuild, bundle, cache), name="memopt-engine")
     return Underway(rebuild.variant, made)
 
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -144,6 +144,28 @@ def refuse_to_replace(path: Path, *, force: bool, is_ours: Callable[[Path], bool
     """Raises UsageError when something is at `path`, unless it is a folder of ours and `force` is given."""
     if path.exists() and not (force and path.is_dir() and is_ours(path)):
         raise UsageError(f"{path} exists", hint="--force replaces a folder of the same kind, and nothing else")
+
+
+def drop_least_recent(entries: Iterable[tuple[int, int, Path]], *, limit_bytes: int, keep: Path) -> None:
+    """Removes entries of a cache, the least recently used first, until the others are within the limit.
+
+    Args:
+        entries: when it was used last, its bytes, and the file or folder that it is.
+        limit_bytes: of all of them together.
+        keep: stays, whatever it takes.
+    """
+    known = sorted(entries)
+    total_bytes = sum(size_bytes for _, size_bytes, _ in known)
+    for _, size_bytes, entry in known:
+        if total_bytes <= limit_bytes:
+            break
+        if entry == keep:
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+        total_bytes -= size_bytes
 
 
 def sha256_file(path: Path) -> str:

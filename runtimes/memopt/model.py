@@ -402,18 +402,21 @@ def _choose(
     An engine that does not fit this machine is built anew where that can be: beside, while another variant serves, or
     at once, where there is none to serve or the caller waits.
     """
-    stale = engine_rebuild.find_stale(bundle) if cache is not None and device in ("auto", "tensorrt") else None
-    if cache is None or stale is None or asked["variant"] not in (None, stale.variant):
+    if cache is None or device not in ("auto", "tensorrt"):
         return choose(bundle, device=device, **asked), None
     try:
         choice = choose(bundle, device=device, **asked)
     except BackendError as error:
+        stale = engine_rebuild.find_stale(bundle, asked["variant"])
+        if stale is None:
+            raise
         try:
             artifact = engine_rebuild.find_or_build(stale, bundle, cache)
         except MemoptError as failure:
             raise BackendError(f"{error.problem}; {stale.variant} cannot be built anew: {failure}") from error
         return engine_rebuild.choice_of(bundle, artifact), artifact
-    if choice.variant.engine is not None:
+    stale = engine_rebuild.find_stale(bundle, asked["variant"]) if choice.variant.engine is None else None
+    if stale is None:
         return choice, None
     found = engine_rebuild.find_or_build(stale, bundle, cache) if wait else engine_rebuild.find(stale, cache)
     if found is None:

@@ -26,7 +26,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -39,9 +38,10 @@ from memopt import errors
 from memopt.accuracy import max_difference
 from memopt.artifact import Artifact, map_file
 from memopt.bundle import Bundle, open_bundle
+from memopt.child import beside, command, main_of
 from memopt.cpu import CpuTarget, this_cpu
 from memopt.errors import BackendError, InputRefused, IntegrityError, MemoptError, OutOfResource, first_line
-from memopt.files import atomic_folder, is_private, locked, sha256_file
+from memopt.files import atomic_folder, drop_least_recent, is_private, locked, sha256_file
 from memopt.manifest import File, Variant
 from memopt.memory import limit_process
 from memopt.ort_options import READ_IN_PLACE
@@ -58,8 +58,6 @@ _SCHEMA = "1"  # of an entry; another one is another key
 _ENTRY, _GRAPH, _WEIGHTS = "entry.json", "graph.onnx", "weights.data"
 _MAX_ENTRY_BYTES = 64 * 2**10
 _TOLERANCE = 1e-3  # of the largest output, where the bundle does not say how far machines may differ
-# The child finds modules where this process does, but not in the current folder: a user's statistics.py is not ours.
-_CHILD = "import sys; sys.path = sys.argv[1:]; from memopt.specialization import main; sys.exit(main())"
 _log = logging.getLogger(__name__)
 
 
@@ -173,20 +171,7 @@ class Cache:
             with contextlib.suppress(OSError):
                 status = kernels.stat()
                 entries.append((status.st_mtime_ns, status.st_size, kernels))
-        total_bytes = sum(size_bytes for _, size_bytes, _ in entries)
-        for _, size_bytes, folder in sorted(entries):
-            if total_bytes <= self.limit_bytes:
-                break
-            if folder != keep:
-                _remove(folder)
-                total_bytes -= size_bytes
-
-
-def _remove(entry: Path) -> None:
-    if entry.is_dir():
-        shutil.rmtree(entry, ignore_errors=True)
-    else:
-        entry.unlink(missing_ok=True)
+        drop_least_recent(entries, limit_bytes=self.limit_bytes, keep=keep)
 
 
 def default_cache() -> Cache | None:
@@ -258,10 +243,9 @@ def specialize(bundle: Bundle, variant: Variant, source: Source, cache: Cache, *
     request = _Request(
         str(bundle.path.absolute()), variant.id, source, str(cache.folder.absolute()), cache.limit_bytes, memory_bytes
     )
-    command = [sys.executable, "-c", _CHILD, *filter(None, sys.path)]
-    pipe = subprocess.PIPE
+    arguments, pipe = command(main_of(__name__)), subprocess.PIPE
     try:
-        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+        child = subprocess.Popen(arguments, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
     except (OSError, TypeError) as error:  # TypeError: an interpreter in a program that does not know where it is
         raise BackendError(f"python cannot be started to optimize {variant.id}: {first_line(error)}") from error
     try:
@@ -281,20 +265,15 @@ def specialize(bundle: Bundle, variant: Variant, source: Source, cache: Cache, *
 
 def specialize_beside(bundle: Bundle, variant: Variant, source: Source, cache: Cache) -> Future[Artifact]:
     """The optimized graph, as `specialize` makes it, or its error; a process that ends does not wait for it."""
-    made: Future[Artifact] = Future()
 
-    def make() -> None:
-        try:
-            specialize(bundle, variant, source, cache)
-            found = cache.find(source, variant.id)
-            if found is None:
-                raise BackendError("another process is at it")
-            made.set_result(found)
-        except Exception as error:  # noqa: BLE001  # whoever asks for the result gets it
-            made.set_exception(error)
+    def make() -> Artifact:
+        specialize(bundle, variant, source, cache)
+        found = cache.find(source, variant.id)
+        if found is None:
+            raise BackendError("another process is at it")
+        return found
 
-    threading.Thread(target=make, name="memopt-specialize", daemon=True).start()
-    return made
+    return beside(make, name="memopt-specialize")
 
 
 def main() -> int:
