@@ -141,12 +141,13 @@ class Underway:
 
     variant: str
     made: Future[Artifact]
+    limit_bytes: int | None  # what it may need when it is there
 
 
-def build_beside(rebuild: Rebuild, bundle: Bundle, cache: Cache) -> Underway:
+def build_beside(rebuild: Rebuild, bundle: Bundle, cache: Cache, *, limit_bytes: int | None) -> Underway:
     """The engine, or the error, some time; a process that ends does not wait for it."""
     made = beside(lambda: find_or_build(rebuild, bundle, cache), name="memopt-engine")
-    return Underway(rebuild.variant, made)
+    return Underway(rebuild.variant, made, limit_bytes)
 
 
 def _rebuild_of(bundle: Bundle, variant: Variant, runtime: TrtRuntime) -> Rebuild | None:
@@ -188,11 +189,11 @@ def _command(rebuild: Rebuild, model: Path, output: Path) -> list[str]:
         for option in ("--batch", ",".join(str(shapes[first][0]) for shapes in (profile.min, profile.opt, profile.max)))
     ]  # fmt: skip
     flavor = ["--flavor", rebuild.flavor, "--target", rebuild.target]
-    return [sys.executable, "-m", "memopt_export", "engine", str(model), *flavor, *batches, "-o", str(output)]
+    return [sys.executable, "-P", "-m", "memopt_export", "engine", str(model), *flavor, *batches, "-o", str(output)]
 
 
 def _run(command: list[str], timeout_s: float) -> None:
-    """Runs the command at the lowest priority; its modules are found where this process finds them."""
+    """Runs the command at the lowest priority; it finds modules where this process does, not in the current folder."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         done = subprocess.run(

@@ -153,7 +153,10 @@ class Model:
         artifact = engine if isinstance(engine, Artifact) else bundle.artifact(choice.variant.id)
         if isinstance(engine, engine_rebuild.Underway):
             self._better = _Better(
-                engine.variant, engine.made, partial(_open_engine, bundle, cache, how), "built anew for this GPU"
+                engine.variant,
+                engine.made,
+                partial(_open_engine, bundle, cache, how, engine.limit_bytes),
+                "built anew for this GPU",
             )
         elif cache is not None and (choice.runtime, choice.device) == ("onnxruntime", "cpu"):
             artifact = self._optimized(cache, runtime.version(), wait=wait, verify=verify) or artifact
@@ -414,19 +417,30 @@ def _choose(
             artifact = engine_rebuild.find_or_build(stale, bundle, cache)
         except MemoptError as failure:
             raise BackendError(f"{error.problem}; {stale.variant} cannot be built anew: {failure}") from error
-        return engine_rebuild.choice_of(bundle, artifact), artifact
+        return _engine_within(bundle, artifact, asked["memory_limit"]), artifact
     stale = engine_rebuild.find_stale(bundle, asked["variant"]) if choice.variant.engine is None else None
     if stale is None:
         return choice, None
-    found = engine_rebuild.find_or_build(stale, bundle, cache) if wait else engine_rebuild.find(stale, cache)
-    if found is None:
-        why = f"{stale.variant}: being built anew for {stale.gpu}, for {cache.folder}"
-        return replace(choice, why=(*choice.why, why)), engine_rebuild.build_beside(stale, bundle, cache)
-    rebuilt, limit = engine_rebuild.choice_of(bundle, found), asked["memory_limit"]
-    if limit is not None and (rebuilt.need_bytes is None or rebuilt.need_bytes > limit):
-        why = f"{stale.variant}, built anew: needs {show_size(rebuilt.need_bytes)}, the limit is {show_size(limit)}"
-        return replace(choice, why=(*choice.why, why)), None
+    try:
+        found = engine_rebuild.find_or_build(stale, bundle, cache) if wait else engine_rebuild.find(stale, cache)
+        if found is None:
+            why = f"{stale.variant}: being built anew for {stale.gpu}, for {cache.folder}"
+            underway = engine_rebuild.build_beside(stale, bundle, cache, limit_bytes=asked["memory_limit"])
+            return replace(choice, why=(*choice.why, why)), underway
+        rebuilt = _engine_within(bundle, found, asked["memory_limit"])
+    except MemoptError as error:
+        return replace(choice, why=(*choice.why, f"{stale.variant}: not built anew for this GPU: {error}")), None
     return replace(rebuilt, why=(*choice.why[:-1], *rebuilt.why)), found
+
+
+def _engine_within(bundle: Bundle, artifact: Artifact, limit_bytes: int | None) -> Choice:
+    """The choice of an engine that was built anew; OutOfResource if the limit does not hold it."""
+    choice = engine_rebuild.choice_of(bundle, artifact)
+    if limit_bytes is not None and (choice.need_bytes is None or choice.need_bytes > limit_bytes):
+        raise OutOfResource(
+            f"the new engine needs {show_size(choice.need_bytes)}, the limit is {show_size(limit_bytes)}"
+        )
+    return choice
 
 
 def _runtime(choice: Choice, cache: Cache | None) -> Runtime:
@@ -435,9 +449,9 @@ def _runtime(choice: Choice, cache: Cache | None) -> Runtime:
 
 
 def _open_engine(
-    bundle: Bundle, cache: Cache | None, how: Mapping[str, Any], artifact: Artifact
+    bundle: Bundle, cache: Cache | None, how: Mapping[str, Any], limit_bytes: int | None, artifact: Artifact
 ) -> tuple[Choice, Session]:
-    choice = engine_rebuild.choice_of(bundle, artifact)
+    choice = _engine_within(bundle, artifact, limit_bytes)
     return choice, _runtime(choice, cache).open(artifact, device=choice.device, **how)
 
 

@@ -6,6 +6,7 @@ careless: activation memory that is missing, freed or too small for the profile 
 
 import ctypes
 import json
+import re
 import shutil
 import sys
 import threading
@@ -31,6 +32,7 @@ from memopt.errors import BackendError, InputRefused, OutOfResource, UsageError
 from memopt.manifest import EngineInfo, Profile
 from memopt.runtimes import RUNTIMES
 from memopt.session import Runtime, Session
+from memopt.sizes import show_size
 from memopt.specialization import Cache
 from memopt.strict_json import to_json
 from memopt.tensors import TensorSpec
@@ -833,14 +835,48 @@ def test_why_an_engine_was_not_built_is_said(stale, builder, monkeypatch, tiny_i
 def test_engine_that_was_built_anew_keeps_the_limit_too(stale, builder, monkeypatch, tiny_inputs):
     path, cache = stale
     opened_here(monkeypatch)
-    for limit, variant in (("8MiB", "engine"), (str(WEIGHTS), None)):
-        monkeypatch.setattr("memopt.model.Model.settle", lambda *_: None)
-        if variant is None:
-            with pytest.raises(OutOfResource):
-                memopt.load(path, cache=cache, memory_limit=limit, specialize="wait")
-            continue
-        with memopt.load(path, cache=cache, memory_limit=limit, specialize="wait") as model:
-            assert model.variant == variant
+    monkeypatch.setattr("memopt.model.Model.settle", lambda *_: None)
+    with memopt.load(path, cache=cache, memory_limit="8MiB", specialize="wait") as model:
+        assert model.variant == "engine"
+    with pytest.raises(OutOfResource):
+        memopt.load(path, cache=cache, memory_limit=WEIGHTS, specialize="wait")
+    too_small = rf"the new engine needs .* KiB, the limit is {show_size(WEIGHTS)}"
+    with pytest.raises(OutOfResource, match=too_small):
+        memopt.load(path, cache=cache, memory_limit=WEIGHTS, device="tensorrt")
+
+
+def test_engine_that_the_limit_does_not_hold_is_not_taken_up_when_it_is_there(
+    stale, builder, monkeypatch, tiny_inputs
+):  # fmt: skip
+    path, cache = stale
+    opened = opened_here(monkeypatch)
+    monkeypatch.setattr("memopt.model.Model.settle", lambda *_: None)
+    with memopt.load(path, cache=cache, memory_limit="8MiB") as model:
+        served = model.variant
+        grown = replace(model._better.made.result(timeout=20).engine, weights_bytes=9 * 2**20)
+        monkeypatch.setattr("memopt.engine_rebuild.choice_of", with_engine(engine_rebuild.choice_of, grown))
+        model(tiny_inputs)
+        assert (model.variant, opened) == (served, [])
+        assert re.match(
+            r"engine: not built anew for this GPU: the new engine needs 9.* MiB, the limit is 8.00 MiB", model.why[-1]
+        )
+
+
+def with_engine(choice_of, engine):
+    """`choice_of` for an engine of these figures."""
+    return lambda bundle, artifact: choice_of(bundle, replace(artifact, engine=engine))
+
+
+def test_load_that_waits_goes_on_without_an_engine_that_cannot_be_built(stale, builder, monkeypatch, tiny_inputs):
+    path, cache = stale
+
+    def refuse(command, timeout_s):
+        raise BackendError("the disk is full")
+
+    monkeypatch.setattr(engine_rebuild, "_run", refuse)
+    with memopt.load(path, cache=cache, specialize="wait") as model:
+        assert model(tiny_inputs).shape == (32, 3)
+        assert "engine: not built anew for this GPU: the disk is full" in model.why
 
 
 def test_damaged_engine_is_removed_and_built_again(stale, builder, monkeypatch, tiny_inputs):
