@@ -35,6 +35,7 @@ def compact(graph: Graph) -> Graph:
     3. A mean over height and width is a GlobalAveragePool, a Reshape to (batch, rest) a Flatten: neither needs a shape.
     4. Tensors have names of one letter, nodes and the batch none.
     5. Nodes that come again and again are written once, as a function.
+    6. Whole numbers of 64 bits, mostly those of shapes, take as many bytes as they need.
     """
     model = simplify(graph).copy_model()
     _use_shapeless_operators(model)
@@ -43,6 +44,7 @@ def compact(graph: Graph) -> Graph:
     shorten_names(model)
     outline(model)
     shorten_names(model)
+    _pack_integers(model)
     return replace(graph.with_model(model), has_card=False)
 
 
@@ -68,6 +70,18 @@ def _names() -> Iterator[str]:
     """a, b, ..., Z, aa, ab, ..."""
     for length in itertools.count(1):
         yield from map("".join, itertools.product(string.ascii_letters, repeat=length))
+
+
+def _pack_integers(model: onnx.ModelProto) -> None:
+    """Case 6: as varints, of which a small number is one byte and a negative one ten."""
+    from onnx import TensorProto, numpy_helper
+
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.INT64 and tensor.HasField("raw_data"):
+            packed = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            packed.int64_data.extend(numpy_helper.to_array(tensor).flat)
+            if packed.ByteSize() < tensor.ByteSize():
+                tensor.CopyFrom(packed)
 
 
 def _drop_names(model: onnx.ModelProto) -> None:

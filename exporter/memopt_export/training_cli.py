@@ -311,7 +311,12 @@ def distill(
     metavar="NAME=BITS",
     help="Of weights alone: 2, 4, 8, or 32 for float; may be repeated.",
 )
-@click.option("--per-channel", is_flag=True, help="Of weights alone: a step for each output channel, 4 bytes each.")
+@click.option(
+    "--steps",
+    default="layer",
+    show_default=True,
+    help="Of weights alone: who has a step of its own: each layer, each output channel, or the whole network.",
+)
 @training_data_option
 @_rounded_training
 @_surviving
@@ -320,7 +325,7 @@ def distill(
 @force_option
 @as_json_option
 def qat(
-    checkpoint: Path, network: str | None, precision: str, target: str, layer_bits: Sequence[str], per_channel: bool,
+    checkpoint: Path, network: str | None, precision: str, target: str, layer_bits: Sequence[str], steps: str,
     data: str, output: Path, data_root: Path | None, force: bool, as_json: bool, restart: bool,
     nproc: int, parallel: str, **how: Any,
 ) -> None:  # fmt: skip
@@ -338,7 +343,7 @@ def qat(
         precision=precision,
         target=target,
         layer_bits=read_settings(layer_bits),
-        per_channel=per_channel,
+        steps=steps,
     )
     with _means(output, restart=restart, nproc=nproc, parallel=parallel) as means:
         saved = training_commands.qat(

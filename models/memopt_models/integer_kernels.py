@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 LAYERS = CONVOLUTIONS | {"linear"}
 # Operations that move values without changing them: their output has the range of their input.
-_PASS_THROUGH = frozenset({
+PASS_THROUGH = frozenset({
     "max_pool2d", "view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "slice", "select",
     "expand", "clone",
 })  # fmt: skip
@@ -108,7 +108,7 @@ def _activations(node: Node) -> list[Node]:
 
 
 def _passes_through(node: Node) -> bool:
-    return operation(node) in _PASS_THROUGH and not is_stored(node.args[0])
+    return operation(node) in PASS_THROUGH and not is_stored(node.args[0])
 
 
 def _origin(node: Node) -> Node:

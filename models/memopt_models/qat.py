@@ -31,11 +31,11 @@ class QatSettings:
     target: str = "cpu"  # who computes int8: "cpu" (ONNX Runtime) or "tensorrt"
     # Of weights alone:
     layer_bits: Mapping[str, int] = field(default_factory=dict)  # other bits by patterns of names; 32: it stays float
-    per_channel: bool = False  # a step for each output channel, 4 bytes each, instead of one for the layer
+    steps: str = "layer"  # who has a step of its own, 4 bytes: each layer, each output "channel", or the "network"
     round_biases: bool = True  # to 8 bits, in steps that the whole network shares
 
     def __post_init__(self) -> None:
-        for name, table in (("precision", METHODS), ("target", PLACES)):
+        for name, table in (("precision", METHODS), ("target", PLACES), ("steps", ste.STEPS)):
             if getattr(self, name) not in table:
                 raise UsageError(f"{name} {getattr(self, name)!r} is not known", hint=", ".join(table))
         for name, only in (("precision", "fp32"), ("checkpointing", "off")):
@@ -45,7 +45,7 @@ class QatSettings:
             if bits not in (*ste.BITS, ste.FLOAT):
                 known = ", ".join(map(str, (*ste.BITS, ste.FLOAT)))
                 raise UsageError(f"layer {name!r} shall have {bits} bits", hint=f"one of {known}")
-        if self.precision == "int8" and (self.layer_bits or self.per_channel):
+        if self.precision == "int8" and (self.layer_bits or self.steps != "layer"):
             raise UsageError("bits and steps are chosen for weights alone", hint="--precision int4-weights")
 
 
@@ -134,9 +134,7 @@ def _round_all(checkpoint: Checkpoint, how: QatSettings) -> _Rounding:
 
 
 def _round_weights(bits: int, checkpoint: Checkpoint, how: QatSettings) -> _Rounding:
-    made = ste.gridded(
-        checkpoint, bits, layers=how.layer_bits, per_channel=how.per_channel, biases=how.round_biases
-    )  # fmt: skip
+    made = ste.gridded(checkpoint, bits, layers=how.layer_bits, steps=how.steps, biases=how.round_biases)
     quantization = {"method": ste.METHOD, "bits": made.bits}
     return _Rounding(made.module, lambda: _rounded(checkpoint, made.state(checkpoint), made.steps(), quantization))
 

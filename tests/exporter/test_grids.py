@@ -32,7 +32,7 @@ def rounded(network, settings, bits, **options):
     start = Checkpoint(
         network, settings, snapshot(module), (data.input_spec,), data.classes, data.preprocess, (), {}, 0
     )
-    made = gridded(start, bits, **{"layers": {}, "per_channel": False, "biases": True, **options})
+    made = gridded(start, bits, **{"layers": {}, "steps": "layer", "biases": True, **options})
     steps = {f"quantization.{name}": step for name, step in made.steps().items()}
     return replace(start, state=made.state(start) | steps, quantization={"method": "ste", "bits": made.bits})
 
@@ -47,9 +47,10 @@ def samples():
     ("network", "settings", "bits", "options"),
     [
         ("tiny_cnn", TINY, 4, {}),
-        ("tiny_cnn", TINY, 4, {"layers": {"fc": 8, "stem.conv": 2, "block1.depthwise.conv": 32}}),
-        ("simple_cnn", {"hidden": 16}, 2, {"per_channel": True, "biases": False}),
-        ("simple_cnn", {"hidden": 16}, 8, {"per_channel": True}),
+        ("tiny_cnn", TINY, 4, {"layers": {"fc": 8, "stem.conv": 2, "block1.depthwise": 32}}),
+        ("tiny_cnn", TINY, 4, {"steps": "network"}),
+        ("simple_cnn", {"hidden": 16}, 2, {"steps": "channel", "biases": False}),
+        ("simple_cnn", {"hidden": 16}, 8, {"steps": "channel"}),
     ],
 )
 def test_graph_computes_what_torch_does(network, settings, bits, options, compact, samples):
@@ -69,6 +70,12 @@ def test_integers_have_the_bits_that_were_asked_for(samples):
     stored = graph.weights_bytes()
     assert stored["int2"] == 4 * 9 / 4
     assert stored["int4"] == (4 * 9 + 4 * 6 + 6 * 9 + 6 * 6 + 6 * 10) / 2
+
+
+def test_one_step_for_the_network_is_stored_once(samples):
+    apart, one = (export(rounded("tiny_cnn", TINY, 4, steps=steps), samples).graph for steps in ("layer", "network"))
+    steps = [[t.name for t in g.model.graph.initializer if t.name.endswith(".step")] for g in (apart, one)]
+    assert [len(names) for names in steps] == [7, 2]  # one is that of the biases
 
 
 def test_zeros_and_equal_tensors_are_stored_too(samples):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -39,7 +41,7 @@ def test_every_weight_and_bias_stands_on_its_grid(rounded: Checkpoint) -> None:
     bits = rounded.quantization["bits"]
     assert {bits["fc.weight"], bits["stem.conv.weight"], bits["block1.pointwise.conv.weight"]} == {8, 2, 4}
     assert {number for name, number in bits.items() if name.endswith(".bias")} == {8}
-    assert len(bits) == 11  # the last layer has no bias
+    assert len(bits) == 9  # depthwise convolutions and the last layer have no bias
     for name, number in bits.items():
         counted = integers(rounded, name)
         assert torch.allclose(counted, counted.round(), atol=1e-4)
@@ -66,12 +68,34 @@ def test_what_it_was_before_is_told(rounded: Checkpoint, normed: Checkpoint) -> 
 
 
 def test_channels_have_steps_of_their_own_where_asked(dense: Checkpoint, few: DataSet) -> None:
-    made = train_rounded(dense, few, QatSettings(ONE, precision="int2-weights", per_channel=True, round_biases=False))
+    made = train_rounded(dense, few, QatSettings(ONE, precision="int2-weights", steps="channel", round_biases=False))
     assert {name: tuple(step.shape) for name, step in made.scales.items()} == {
         "conv1.weight": (16,), "conv2.weight": (32,), "fc1.weight": (32,), "fc2.weight": (10,),
     }  # fmt: skip
     counted = integers(made, "fc1.weight")
     assert set(counted.round().unique().tolist()) == {-2.0, -1.0, 0.0, 1.0}
+
+
+@pytest.mark.parametrize("layers", [{}, {"fc*": 32}])
+@pytest.mark.parametrize("kind", ["normed", "dense"])
+def test_one_step_for_all_changes_nothing_but_scales(kind: str, layers: dict[str, int], request) -> None:
+    checkpoint = request.getfixturevalue(kind)
+    x = torch.randn(checkpoint.inputs[0].at_batch(16), generator=torch.Generator().manual_seed(0))
+    made = ste.gridded(checkpoint, 4, layers=layers, steps="network", biases=False)
+    assert len({float(step) for step in made.steps().values()}) == 1
+    for name, step in made.steps().items():
+        free = made.module.get_parameter(f"{name.rpartition('.')[0]}.parametrizations.weight.original")
+        torch.testing.assert_close(ste.best_steps(free.detach().reshape(1, -1), 4)[0], step)
+    module = ste.folded(checkpoint)
+    before = module(x)
+    ste._equalize(module, made.bits)
+    torch.testing.assert_close(module(x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_one_step_is_for_layers_in_a_row(few: DataSet) -> None:
+    residual = train("resnet18", {}, replace(few, train=few.train.pick(slice(16))), ONE)
+    with pytest.raises(UsageError, match=r"^one step is for layers in a row .*, not around \w+; hint: --steps layer$"):
+        ste.gridded(residual, 4, layers={}, steps="network", biases=False)
 
 
 def test_a_layer_of_32_bits_stays_float(dense: Checkpoint, few: DataSet) -> None:
@@ -80,7 +104,7 @@ def test_a_layer_of_32_bits_stays_float(dense: Checkpoint, few: DataSet) -> None
 
 
 def test_training_makes_up_for_rounding(dense: Checkpoint, few: DataSet) -> None:
-    module = ste.gridded(dense, 2, layers={}, per_channel=False, biases=True).module
+    module = ste.gridded(dense, 2, layers={}, steps="layer", biases=True).module
     made = train_rounded(dense, few, QatSettings(TrainSettings(epochs=4), precision="int2-weights"))
     assert made.metrics["validation_top1"] > measure(module, few)["validation_top1"]
 
@@ -121,10 +145,10 @@ def test_gradients_are_those_of_the_paper() -> None:
 
 
 def test_bits_go_by_patterns_of_which_the_first_counts(normed: Checkpoint) -> None:
-    layers = {"block1.*": 2, "*.depthwise.conv": 8}
-    bits = ste.gridded(normed, 4, layers=layers, per_channel=False, biases=False).bits
+    layers = {"block1.*": 2, "*.depthwise": 8}
+    bits = ste.gridded(normed, 4, layers=layers, steps="layer", biases=False).bits
     assert {name.removesuffix(".weight"): number for name, number in bits.items()} == {
-        "stem.conv": 4, "block1.depthwise.conv": 2, "block1.pointwise.conv": 2, "block2.depthwise.conv": 8,
+        "stem.conv": 4, "block1.depthwise": 2, "block1.pointwise.conv": 2, "block2.depthwise": 8,
         "block2.pointwise.conv": 4, "fc": 4,
     }  # fmt: skip
 
@@ -140,7 +164,7 @@ def test_bits_that_no_file_can_hold_are_refused() -> None:
         QatSettings(ONE, precision="int4-weights", layer_bits={"fc": 3})
     assert caught.value.hint == "one of 2, 4, 8, 32"
     with pytest.raises(UsageError, match="bits and steps are chosen for weights alone"):
-        QatSettings(ONE, per_channel=True)
+        QatSettings(ONE, steps="channel")
 
 
 def test_network_without_weights_to_round_is_refused(dense: Checkpoint, few: DataSet) -> None:
