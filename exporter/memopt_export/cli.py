@@ -110,8 +110,9 @@ for _command in training_cli.COMMANDS:
 @click.option("--program", type=click.Path(path_type=Path), help="Also write torch's exported program, OUT.pt2.")
 @compact_option
 @click.option(
-    "--views", type=int, default=1, show_default=True,
-    help="Places that pictures are seen from, 1, 4 or 9; outputs are the mean. Takes as many times the time.",
+    "--views", type=int,
+    help="Places that pictures are seen from, 1, 4 or 9; outputs are the mean. Takes as many times the time. "
+    "Default: as many as it was trained for.",
 )  # fmt: skip
 @click.option("--uint8-input", "uint8", is_flag=True, help="Take pictures as they are; normalize inside.")
 @output_option
@@ -120,7 +121,7 @@ for _command in training_cli.COMMANDS:
 @as_json_option
 def export(
     checkpoint: str, network: str | None, data: str | None, samples: int, program: Path | None, compact: bool,
-    views: int, uint8: bool, output: Path, data_root: Path | None, force: bool, as_json: bool,
+    views: int | None, uint8: bool, output: Path, data_root: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Bring CHECKPOINT, or the module that pkg.mod:factory makes, to ONNX, and prove parity with torch."""
     from memopt_export import commands, console

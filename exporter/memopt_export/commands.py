@@ -353,7 +353,7 @@ class Diagnosis:
 
 def export(
     source: str, data: str | None, output: Path, *, samples: int, network: str | None = None,
-    program: Path | None = None, compact: bool = False, views: int = 1, uint8: bool = False,
+    program: Path | None = None, compact: bool = False, views: int | None = None, uint8: bool = False,
     data_root: Path | None = None, force: bool = False,
 ) -> SavedGraph:  # fmt: skip
     """A checkpoint, or the module that `pkg.mod:factory` makes, as ONNX; with `uint8` its input are pictures."""

@@ -21,11 +21,12 @@ from memopt_export.graph import Graph, run_graph
 from memopt_export.provenance import Provenance
 from memopt_export.recipe import Recipe
 from memopt_export.simplify import simplify
-from memopt_export.views import check_views, module_seen_from, seen_from
+from memopt_export.views import graph_seen_from
 from memopt_models import pt2e, ste
 from memopt_models.checkpoint import Checkpoint
-from memopt_models.qat import deployed
+from memopt_models.qat import deployed, views_of
 from memopt_models.trace import quiet, trace
+from memopt_models.views import check_views, seen_from
 
 if TYPE_CHECKING:
     import torch
@@ -69,14 +70,14 @@ class Exported:
     program: bytes
 
 
-def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False, views: int = 1) -> Exported:
+def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False, views: int | None = None) -> Exported:
     """The checkpoint as an ONNX graph with a free batch dimension.
 
     Args:
         checkpoint: what to export.
         samples: real inputs, (samples, ...), at least two; parity is proved on them.
         compact: whether the graph is brought to few bytes, see `compact.compact`.
-        views: places that every picture is seen from, see `views.seen_from`.
+        views: places that every picture is seen from; None: from as many as it was trained for.
 
     Raises:
         InputRefused: torch cannot export the network, or there are no samples.
@@ -86,9 +87,10 @@ def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False, vie
 
     if len(samples) < 2:
         raise InputRefused("parity is proved on at least two samples", hint="--data SPEC")
+    views = views_of(checkpoint) if views is None else views
     check_views(views)
     module = deployed(checkpoint)
-    whole = module if views == 1 else module_seen_from(module, views)
+    whole = seen_from(module, views)
     inputs = torch.from_numpy(np.ascontiguousarray(samples))
     try:
         with torch.inference_mode():
@@ -105,7 +107,7 @@ def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False, vie
     if method is not None:
         graph = _ROUNDED[method](graph, checkpoint, module)
     if views > 1:
-        graph = seen_from(graph, views)
+        graph = graph_seen_from(graph, views)
         with quiet():
             program = trace(whole, inputs[:2], checkpoint.network)
     if compact:

@@ -317,6 +317,13 @@ def distill(
     show_default=True,
     help="Of weights alone: who has a step of its own: each layer, each output channel, or the whole network.",
 )
+@click.option(
+    "--views",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Train for the mean over so many places that a picture is seen from, 1, 4 or 9; export follows.",
+)
 @training_data_option
 @_rounded_training
 @_surviving
@@ -326,7 +333,7 @@ def distill(
 @as_json_option
 def qat(
     checkpoint: Path, network: str | None, precision: str, target: str, layer_bits: Sequence[str], steps: str,
-    data: str, output: Path, data_root: Path | None, force: bool, as_json: bool, restart: bool,
+    views: int, data: str, output: Path, data_root: Path | None, force: bool, as_json: bool, restart: bool,
     nproc: int, parallel: str, **how: Any,
 ) -> None:  # fmt: skip
     """Train CHECKPOINT on, its weights and activations, or its weights alone, rounded as the deployed network is.
@@ -344,6 +351,7 @@ def qat(
         target=target,
         layer_bits=read_settings(layer_bits),
         steps=steps,
+        views=views,
     )
     with _means(output, restart=restart, nproc=nproc, parallel=parallel) as means:
         saved = training_commands.qat(

@@ -16,10 +16,13 @@ from memopt_models.integer_kernels import PLACES
 from memopt_models.resume import Keep
 from memopt_models.team import ALONE, Team
 from memopt_models.train import Loss, OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module, identify
+from memopt_models.views import check_views, seen_from
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+VIEWS = "views"  # of `quantization`
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class QatSettings:
 
     train: TrainSettings
     precision: str = "int8"
+    views: int = 1  # places that a picture is seen from, see `memopt_models.views`
     target: str = "cpu"  # who computes int8: "cpu" (ONNX Runtime) or "tensorrt"
     # Of weights alone:
     layer_bits: Mapping[str, int] = field(default_factory=dict)  # other bits by patterns of names; 32: it stays float
@@ -38,6 +42,7 @@ class QatSettings:
         for name, table in (("precision", METHODS), ("target", PLACES), ("steps", ste.STEPS)):
             if getattr(self, name) not in table:
                 raise UsageError(f"{name} {getattr(self, name)!r} is not known", hint=", ".join(table))
+        check_views(self.views)
         for name, only in (("precision", "fp32"), ("checkpointing", "off")):
             if getattr(self.train, name) != only:
                 raise UsageError(f"{name} is {getattr(self.train, name)!r}, a rounded network trains with {only!r}")
@@ -80,24 +85,30 @@ def train_rounded(
     how = replace(how, train=settle(subject, data, how.train, ledger, stage="qat", keep=keep, team=team))
     made, given = METHODS[how.precision](checkpoint, how), {**identify(checkpoint), **asked}
     fit_module(
-        made.module, data, how.train, cross_entropy, ledger, stage="qat", keep=keep, made_from=given, team=team
+        seen_from(made.module, how.views), data, how.train, cross_entropy, ledger, stage="qat", keep=keep,
+        made_from=given, team=team,
     )  # fmt: skip
     draft = made.result()
     metrics: dict[str, float] = {}
     if team.is_first:
         before = {f"{name}_float": value for name, value in measure(checkpoint.module(), data).items()}
-        metrics = measure(deployed(draft), data) | before
+        metrics = measure(seen_from(deployed(draft), how.views), data) | before
     used = {**asdict(how), **describe(data), "memory": ledger.memory}
     return checkpoint.advance(
         "qat", draft.module(), settings=used, metrics=metrics,
-        parents=(checkpoint.sha256,), quantization=draft.quantization, scales=draft.scales,
+        parents=(checkpoint.sha256,), quantization=draft.quantization | {VIEWS: how.views}, scales=draft.scales,
     )  # fmt: skip
 
 
 def trainee(first: Checkpoint, **asked: Any) -> tuple[nn.Module, Loss]:
     """What is trained and its loss, for a probe of memory; `asked` are the fields of QatSettings."""
     how = QatSettings(TrainSettings(epochs=1), **asked)
-    return METHODS[how.precision](first, how).module, cross_entropy
+    return seen_from(METHODS[how.precision](first, how).module, how.views), cross_entropy
+
+
+def views_of(checkpoint: Checkpoint) -> int:
+    """From how many places it was trained to see a picture."""
+    return int(checkpoint.quantization.get(VIEWS, 1))
 
 
 def deployed(checkpoint: Checkpoint) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -12,10 +14,12 @@ from memopt.errors import InputRefused, UsageError
 from memopt_export.compact import compact
 from memopt_export.from_torch import export
 from memopt_export.graph import Graph, run_graph
-from memopt_export.views import module_seen_from, seen_from, window
+from memopt_export.views import graph_seen_from
 from memopt_models.checkpoint import Checkpoint
 from memopt_models.data import open_data
+from memopt_models.qat import QatSettings, train_rounded
 from memopt_models.train import TrainSettings, begin
+from memopt_models.views import seen_from, window
 
 
 def scene(channels: int = 1) -> Graph:
@@ -57,13 +61,13 @@ def moved(x: np.ndarray, down: int, right: int) -> np.ndarray:
 def test_outputs_are_the_mean_over_moved_pictures(channels: int, views: int, moves: tuple[int, ...]) -> None:
     graph, x = scene(channels), pictures(channels)
     each = [run_graph(graph, {"input": moved(x, down, right)})[0] for down in moves for right in moves]
-    for seen in (seen_from(graph, views), compact(seen_from(graph, views))):
+    for seen in (graph_seen_from(graph, views), compact(graph_seen_from(graph, views))):
         np.testing.assert_allclose(run_graph(seen, {"input": x})[0], np.mean(each, 0), rtol=1e-5, atol=1e-6)
 
 
 def test_torch_sees_the_same(dense: Checkpoint) -> None:
     x = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    seen = module_seen_from(dense.module(), 4)
+    seen = seen_from(dense.module(), 4)
     padded = torch.nn.functional.pad(x, (0, 1, 0, 1))
     each = [dense.module()(padded[:, :, down : down + 28, right : right + 28]) for down in (0, 1) for right in (0, 1)]
     torch.testing.assert_close(seen(x), torch.stack(each).mean(0))
@@ -75,8 +79,18 @@ def test_export_proves_parity_of_what_is_seen_from_four_places(dense: Checkpoint
     assert exported.parity.holds
     assert exported.graph.inputs == export(dense, x).graph.inputs
     with torch.inference_mode():
-        expected = module_seen_from(dense.module(), 4)(torch.from_numpy(x)).numpy()
+        expected = seen_from(dense.module(), 4)(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(run_graph(exported.graph, {"input": x})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["int4-weights", "int8"])
+def test_what_was_trained_for_four_views_is_exported_with_them(dense: Checkpoint, precision: str) -> None:
+    data = open_data("digits")
+    few = replace(data, **{name: split.pick(slice(64)) for name, split in data.splits.items()})
+    trained = train_rounded(dense, few, QatSettings(TrainSettings(epochs=1, seed=0), precision=precision, views=4))
+    x = np.random.default_rng(0).normal(size=(8, 1, 28, 28)).astype(np.float32)
+    default, four, one = (export(trained, x, views=views).graph for views in (None, 4, 1))
+    assert default.sha256 == four.sha256 != one.sha256
 
 
 def test_a_window_names_every_channel_once_for_each_view() -> None:
@@ -97,4 +111,4 @@ def test_what_is_no_picture_is_refused() -> None:
     graph = helper.make_graph([helper.make_node("Relu", ["input"], ["logits"])], "g", ends[:1], ends[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     with pytest.raises(InputRefused, match=r"^views are for pictures .*, got \(batch, 4\), \(batch, 4\)$"):
-        seen_from(Graph(model, "0" * 64), 4)
+        graph_seen_from(Graph(model, "0" * 64), 4)

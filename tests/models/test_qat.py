@@ -32,7 +32,7 @@ def test_metrics_are_those_of_the_deployed_network_beside_those_of_the_float_one
 
 
 def test_rounded_checkpoint_is_a_float_network_with_ranges(rounded: Checkpoint, dense: Checkpoint) -> None:
-    assert rounded.quantization == {"method": "pt2e", "precision": "int8", "target": "cpu"}
+    assert rounded.quantization == {"method": "pt2e", "precision": "int8", "target": "cpu", "views": 1}
     assert rounded.module().state_dict().keys() == dense.state.keys()
     assert set(rounded.scales) == {"input", "relu.0", "relu.1", "relu.2"}
     assert rounded.parameters == dense.parameters
