@@ -166,11 +166,11 @@ def quantize(model: Path, output: Path, strict: bool, as_json: bool, **asked: An
 
     What is slower than the float graph, larger in private memory or on disk, below 10 dB, or mostly unfused is flagged.
     """
-    from memopt_export import commands, console
+    from memopt_export import console, quantize_commands
 
     with console.quantizing() as listener:
-        saved = commands.quantize(
-            model, output, commands.QuantizeRequest(**asked), on_step=listener.on_step, say=listener.say
+        saved = quantize_commands.quantize(
+            model, output, quantize_commands.QuantizeRequest(**asked), on_step=listener.on_step, say=listener.say
         )
     console.show(saved, as_json=as_json)
     refusal = saved.refusal(strict=strict)
@@ -338,9 +338,9 @@ def pack(
     sign: Path | None, passphrase_file: Path | None, output: Path, data_root: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Pack PARTS (.onnx, and .engine files built from them) into a bundle; the first graph is the reference."""
-    from memopt_export import commands, console
+    from memopt_export import bundle_commands, console
 
-    packed = commands.pack(
+    packed = bundle_commands.pack(
         parts, output, form=form, name=name, data=data, labels=labels, license_id=license_id,
         license_file=license_file, sign=sign, specialized=specialize is not None,
         passphrase=_passphrase(passphrase_file) if sign else None, force=force, data_root=data_root,
@@ -355,9 +355,9 @@ def pack(
 @as_json_option
 def keygen(output: Path, passphrase_file: Path | None, force: bool, as_json: bool) -> None:
     """Make a pair of ed25519 keys: the private one signs bundles, the public one is given to those who check."""
-    from memopt_export import commands, console
+    from memopt_export import bundle_commands, console
 
-    console.show(commands.keygen(output, _passphrase(passphrase_file), force=force), as_json=as_json)
+    console.show(bundle_commands.keygen(output, _passphrase(passphrase_file), force=force), as_json=as_json)
 
 
 @cli.command()
@@ -378,9 +378,9 @@ def run(
 
     The first run has the graph optimized for this processor, for later ones, in $MEMOPT_CACHE ("off": not at all).
     """
-    from memopt_export import commands, console
+    from memopt_export import bundle_commands, console
 
-    found = commands.run(
+    found = bundle_commands.run(
         bundle, pictures, device=device, variant=variant, memory_limit=memory_limit, topk=topk, trusted_keys=keys,
         trust_engines=trust_engines,
     )  # fmt: skip
@@ -412,11 +412,11 @@ def verify(
     bundle: Path, replay: bool, keys: Sequence[Path], require_signature: bool, trust_engines: bool, as_json: bool
 ) -> None:
     """Check structure and digests of BUNDLE, and with --key its signature."""
-    from memopt_export import commands, console
+    from memopt_export import bundle_commands, console
 
     if require_signature and not keys:
         raise UsageError("--require-signature without a key proves nothing", hint="--key KEY.pub")
-    verification = commands.verify(bundle, replay=replay, trusted_keys=keys, trust_engines=trust_engines)
+    verification = bundle_commands.verify(bundle, replay=replay, trusted_keys=keys, trust_engines=trust_engines)
     console.show(verification, as_json=as_json)
     if not verification.holds:
         raise _Shown(f"{bundle} gives other outputs here than when it was packed")

@@ -16,20 +16,10 @@ from memopt.memory import STEADY
 from memopt.report import COLUMNS, TEXT_COLUMNS, Report, Row, columns_of
 from memopt.sizes import show_count, show_size
 from memopt.strict_json import to_json
-from memopt_export.commands import (
-    Diagnosis,
-    Needs,
-    Packed,
-    Plans,
-    Predicted,
-    SavedEngine,
-    SavedGraph,
-    SavedKey,
-    SavedQuantized,
-    SavedSimple,
-    Verification,
-)
+from memopt_export.bundle_commands import Packed, Predicted, SavedKey, Verification
+from memopt_export.commands import Diagnosis, Needs, Plans, SavedEngine, SavedGraph, SavedSimple
 from memopt_export.inspection import Inspection
+from memopt_export.quantize_commands import SavedQuantized
 from memopt_export.training_commands import Pruned, SavedCheckpoint
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -138,6 +138,13 @@ def refuse_to_overwrite(path: Path, *, force: bool) -> None:
         raise UsageError(f"{path} is no ordinary file")
     if path.exists() and not force:
         raise UsageError(f"{path} exists", hint="--force replaces it")
+
+
+def refuse_own_input(output: Path, inputs: Sequence[Path]) -> None:
+    """Raises UsageError when the output would replace what it is made from."""
+    for path in inputs:
+        if output.exists() and path.exists() and output.samefile(path):
+            raise UsageError(f"{output} is what it would be made from", hint=f"-o {output.stem}-new{output.suffix}")
 
 
 def refuse_to_replace(path: Path, *, force: bool, is_ours: Callable[[Path], bool]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from memopt.errors import BackendError, InputRefused, OutOfResource
-from memopt_export import cli, commands, console, inspection
+from memopt_export import bundle_commands, cli, commands, console, inspection
 from memopt_export.execution import Execution, Left
 from memopt_export.findings import Finding, Model, bytes_by_dtype, bytes_by_place, find, stored_in
 from memopt_export.graph import Graph, save_graph
@@ -411,7 +411,7 @@ def test_the_variants_of_a_bundle_are_looked_at_each(tiny_bundle: Path, tmp_path
     assert (clean.findings, clean.unseen) == ((), ())
     for name, array in (("good", W * 3), ("twice", W)):
         onnx.save(drawn({"w": W, "v": array}), tmp_path / f"{name}.onnx")
-    commands.pack(
+    bundle_commands.pack(
         [tmp_path / "good.onnx", tmp_path / "twice.onnx"], tmp_path / "x.mopt", form="mopt", name=None, data=None,
         labels=None, license_id=None,
     )  # fmt: skip
