@@ -41,7 +41,7 @@ def typed(folder: Path) -> dict[str, str]:
     with contextlib.chdir(folder):
         for line in COMMANDS:
             words = shlex.split(re.sub(r"--epochs \d+", "--epochs 2 --threads 1", line), comments=True)
-            code, out, err = _alone(words) if "-memory" in line else _here(words)
+            code, out, err = _alone(words) if re.search("--(memory-limit|max-memory) ", line) else _here(words)
             assert not code, f"{line}\n{err}"
             printed[line] = out
     return printed

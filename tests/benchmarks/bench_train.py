@@ -1,9 +1,8 @@
 """What training makes of MNIST: bytes of runnable files and memory against accuracy, for three seeds.
 
-Every network is trained with the same moved pictures, and reads as many of them in all, what the networks read that it
-comes from included; one that sees a picture from four places reads four. Epochs are chosen on validation; the test
-split is looked at once, in ONNX Runtime. Checkpoints stay in build/bench/train under the digest of what was asked for,
-so that a run that was ended goes on.
+Every network is trained with the same moved pictures, for the same number of epochs in all, those of the networks that
+it comes from included. Epochs are chosen on validation; the test split is looked at once, in ONNX Runtime. Checkpoints
+stay in build/bench/train under the digest of what was asked for, so that a run that was ended goes on.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ AT_ONCE = 2  # processes of one thread
 FAST = TrainSettings(
     1, batch_size=256, schedule="onecycle", shift=2, threads=1, precision="bf16", channels_last=True
 )  # fmt: skip
-EPOCHS = 44  # of every network for MNIST, in all; one with VIEWS counts as so many
+EPOCHS = 20  # of every network for MNIST, in all
 VIEWS = 4
 CHANNELS = (12, 22, 26, 30, 33)  # of the student: with VIEWS the largest that is 250 times smaller than dense
 DENSE_SEEN = f"dense fp32, {VIEWS} views"
@@ -102,9 +101,9 @@ def given(seed: int) -> list[Row]:
     trained = _made("int8", [half, more, int8], lambda: train_rounded(dense, data, int8))
     rows.append(_row("dense int8", trained, data, seed))
     for ratio in (0.5, 0.64):
-        cut = PruneSettings(ratio=ratio, finetune=_how(12, 2e-3, seed))
+        cut = PruneSettings(ratio=ratio, finetune=_how(5, 2e-3, seed))
         pruned = _made("pruned", [half, cut], lambda cut=cut: prune(base, data, cut))
-        rounding = _rounding(EPOCHS - 8 - 12, 2e-3, seed)
+        rounding = _rounding(EPOCHS - 8 - 5, 2e-3, seed)
         small = _made("pruned-int4", [half, cut, rounding], lambda p=pruned, r=rounding: train_rounded(p, data, r))
         rows.append(_row(f"pruned {ratio:.0%} int4, {VIEWS} views", small, data, seed))
     return rows
@@ -139,9 +138,8 @@ def _how(epochs: int, rate: float, seed: int) -> TrainSettings:
 
 
 def _rounding(epochs: int, rate: float, seed: int) -> QatSettings:
-    """4 bits for weights, trained for VIEWS, in the time of so many epochs with one."""
-    how = _exact(_how(epochs // VIEWS, rate, seed))
-    return QatSettings(how, precision="int4-weights", steps="network", views=VIEWS)
+    """4 bits for weights, in one step for the network, trained for VIEWS."""
+    return QatSettings(_exact(_how(epochs, rate, seed)), precision="int4-weights", steps="network", views=VIEWS)
 
 
 def _exact(how: TrainSettings) -> TrainSettings:
