@@ -157,13 +157,13 @@ def ds_cnn(classes: int = 10, in_channels: int = 1, width: int = 8, depth: int =
 
 
 def tiny_cnn(classes: int = 10, in_channels: int = 1, channels: Sequence[int] = (8, 16, 22, 28, 30)) -> nn.Module:
-    """A student for the smallest files: strided 3x3 stem, separable blocks, max pooling, global average, one layer.
+    """A student for the smallest files: 3x3 stem, separable blocks, two max poolings, global average, one layer.
 
     In a block a depthwise 3x3 convolution goes straight into the pointwise one, without BatchNorm, bias or ReLU between
     them (Chollet 2017, section 4.7, https://arxiv.org/abs/1610.02357, found it better so). That saves bytes twice: no
-    BatchNorm widens single channels, so that 4 bits are enough for these kernels as well. The pooling halves height and
-    width after the first half of the blocks. They differ in nothing but their channels: a compact graph says once what
-    they do.
+    BatchNorm widens single channels, so that 4 bits are enough for these kernels as well. Height and width are halved
+    after the stem and after the first half of the blocks, by pooling, which needs no weights. The blocks differ in
+    nothing but their channels: a compact graph says once what they do.
 
     Args:
         classes: number of outputs.
@@ -178,7 +178,7 @@ def tiny_cnn(classes: int = 10, in_channels: int = 1, channels: Sequence[int] = 
     for width in channels:
         _check_positive(channels=width)
     layers: OrderedDict[str, nn.Module] = OrderedDict(
-        stem=_conv_norm_relu(in_channels, channels[0], kernel=3, stride=2)
+        stem=_conv_norm_relu(in_channels, channels[0], kernel=3), pool1=nn.MaxPool2d(2)
     )
     for k in range(1, len(channels)):
         inputs, outputs = channels[k - 1], channels[k]
@@ -188,7 +188,7 @@ def tiny_cnn(classes: int = 10, in_channels: int = 1, channels: Sequence[int] = 
         )
         layers[f"block{k}"] = nn.Sequential(block)
         if k == len(channels) // 2:
-            layers["pool"] = nn.MaxPool2d(2)
+            layers["pool2"] = nn.MaxPool2d(2)
     layers["mean"] = nn.AdaptiveAvgPool2d(1)
     layers["flatten"] = nn.Flatten()
     layers["fc"] = nn.Linear(channels[-1], classes, bias=False)

@@ -44,7 +44,7 @@ FAST = TrainSettings(
 )  # fmt: skip
 EPOCHS = 20  # of every network for MNIST, in all
 VIEWS = 4
-CHANNELS = (12, 22, 26, 30, 33)  # of the student: with VIEWS the largest that is 250 times smaller than dense
+CHANNELS = (12, 22, 26, 30, 31)  # of the student: with VIEWS the largest that is 250 times smaller than dense
 DENSE_SEEN = f"dense fp32, {VIEWS} views"
 RESNET = {"classes": 10, "in_channels": 1}
 

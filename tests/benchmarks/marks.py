@@ -30,9 +30,8 @@ class Mark:
         return (self.limit is None or self.value <= self.limit) and (self.floor is None or self.value >= self.floor)
 
     def __str__(self) -> str:
-        bounds = [f"at most {self.limit:g}"] * (self.limit is not None) + [f"at least {self.floor:g}"] * (
-            self.floor is not None
-        )
+        told = (("at most", self.limit), ("at least", self.floor))
+        bounds = [f"{word} {bound:g}" for word, bound in told if bound is not None]
         verdict = "MISSED" if not self.reached else "reached" if bounds else ""
         return f"{verdict:<7}  {self.name:<64} {self.value:>10.4g} {self.unit:<6} {' and '.join(bounds)}".rstrip()
 

@@ -173,10 +173,10 @@ def test_network_without_weights_to_round_is_refused(dense: Checkpoint, few: Dat
         train_rounded(dense, few, QatSettings(ONE, precision="int4-weights", layer_bits=every))
 
 
-def test_tiny_blocks_are_alike_and_pooling_stands_in_their_middle() -> None:
+def test_tiny_blocks_are_alike_and_pooling_stands_before_and_amid_them() -> None:
     module = build("tiny_cnn", {"channels": [6, 6, 6, 6]})
     assert [name for name, _ in module.named_children()] == [
-        "stem", "block1", "block2", "pool", "block3", "mean", "flatten", "fc",
+        "stem", "pool1", "block1", "block2", "pool2", "block3", "mean", "flatten", "fc",
     ]  # fmt: skip
     shapes = [[tuple(p.shape) for p in block.parameters()] for name, block in module.named_children() if "bl" in name]
     assert shapes[0] == shapes[1] == shapes[2]
