@@ -49,8 +49,8 @@ DENSE_SEEN = f"dense fp32, {VIEWS} views"
 RESNET = {"classes": 10, "in_channels": 1}
 
 STYLE = (
-    "text{font:12px sans-serif;fill:#333}.grid{stroke:#ddd}.frontier{fill:none;stroke:#888;stroke-dasharray:4 3}"
-    ".best{fill:#0a7}.beaten{fill:#bbb}"
+    "text{font:12px sans-serif;fill:#333;paint-order:stroke;stroke:#fff;stroke-width:4px}.grid{stroke:#ddd}"
+    ".frontier{fill:none;stroke:#888;stroke-dasharray:4 3}.best{fill:#0a7}.beaten{fill:#bbb}"
 )
 
 
