@@ -206,10 +206,11 @@ def _mean(rows: list[Row]) -> dict[str, float]:
 
 def _marks(means: dict[str, dict[str, float]]) -> Iterator[Mark]:
     """The marks. Of several files the smallest that validation puts within 0.1 points of dense is taken, or the most
-    accurate one on validation where none is. Dense is the given network, seen once; what it would gain by as many views
-    is told as well.
+    accurate one on validation where none is; dense may be seen from as many places as the others. The distance to
+    dense as it is given, seen once, is a mark of its own.
     """
-    dense = means["dense fp32"]
+    once = means["dense fp32"]
+    dense = max((once, means[DENSE_SEEN]), key=lambda mean: mean["validation_top1"])
     for label, kind, floor in (("given network, pruned and rounded", "pruned", 30), ("student", "student", 250)):
         files = [mean for name, mean in means.items() if name.startswith(kind)]
         near = [mean for mean in files if mean["validation_top1"] >= dense["validation_top1"] - 0.001]
@@ -218,11 +219,11 @@ def _marks(means: dict[str, dict[str, float]]) -> Iterator[Mark]:
             if near
             else max(files, key=lambda mean: mean["validation_top1"])
         )
-        yield Mark(f"{label}, smaller than dense", dense["size_bytes"] / taken["size_bytes"], "x", floor=floor)
+        yield Mark(f"{label}, smaller than dense", once["size_bytes"] / taken["size_bytes"], "x", floor=floor)
         yield Mark(f"{label}, top-1 below it", 100 * (dense["test_top1"] - taken["test_top1"]), "points", limit=0.1)
-        seen = 100 * (means[DENSE_SEEN]["test_top1"] - taken["test_top1"])
-        yield Mark(f"{label}, top-1 below dense with {VIEWS} views", seen, "points")
-    gained = 100 * (means["dense int8"]["test_top1"] - means["dense fp32"]["test_top1"])
+        seen_once = 100 * (once["test_top1"] - taken["test_top1"])
+        yield Mark(f"{label}, top-1 below it, seen once", seen_once, "points", limit=0.1)
+    gained = 100 * (means["dense int8"]["test_top1"] - once["test_top1"])
     yield Mark("INT8 of the dense network, above it", gained, "points", floor=0)
     full, small = means["resnet18 fp32"], means["resnet18 pruned 50% int8"]
     held = [mean["weights_bytes"] + mean["activation_bytes"] for mean in (small, full)]

@@ -16,7 +16,7 @@ OUTPUT = Path("build/bench")
 
 @dataclass(frozen=True)
 class Mark:
-    """One measured value and what it has to be: at most (`limit`), at least (`floor`), or only told."""
+    """One measured value and what it has to be: at most (`limit`), or at least (`floor`)."""
 
     name: str
     value: float
@@ -30,10 +30,9 @@ class Mark:
         return (self.limit is None or self.value <= self.limit) and (self.floor is None or self.value >= self.floor)
 
     def __str__(self) -> str:
-        told = (("at most", self.limit), ("at least", self.floor))
-        bounds = [f"{word} {bound:g}" for word, bound in told if bound is not None]
-        verdict = "MISSED" if not self.reached else "reached" if bounds else ""
-        return f"{verdict:<7}  {self.name:<64} {self.value:>10.4g} {self.unit:<6} {' and '.join(bounds)}".rstrip()
+        bound = f"at most {self.limit:g}" if self.limit is not None else f"at least {self.floor:g}"
+        verdict = "reached" if self.reached else "MISSED"
+        return f"{verdict:<7}  {self.name:<64} {self.value:>10.4g} {self.unit:<6} {bound}"
 
 
 def report(name: str, marks: Sequence[Mark], details: Any) -> int:
