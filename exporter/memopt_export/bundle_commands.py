@@ -12,8 +12,8 @@ import numpy as np
 from memopt.accuracy import max_difference
 from memopt.artifact import Artifact, open_artifact
 from memopt.bundle import Bundle, open_bundle
-from memopt.errors import InputRefused, MemoptError, UsageError, first_line
-from memopt.files import refuse_own_input, sha256_file
+from memopt.errors import InputRefused, MemoptError, UsageError
+from memopt.files import read_text, refuse_own_input, sha256_file
 from memopt.preprocess import prepare
 from memopt.runtimes import runtime
 from memopt.session import Runtime
@@ -139,7 +139,7 @@ def pack(
         golden_inputs=golden,
         golden_pictures=pictures,
         license=license_id,
-        license_text=_read_text(license_file) if license_file else None,
+        license_text=read_text(license_file) if license_file else None,
         tools=tool_versions(),
     )
     written = formats.write(form, contents, output, sign=key, force=force)
@@ -190,14 +190,7 @@ def verify(path: Path, *, replay: bool, trusted_keys: Sequence[Path] = (), trust
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:
-    return tuple(_read_text(path).removesuffix("\n").split("\n"))
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputRefused(f"{path} cannot be read as text: {first_line(error)}") from error
+    return tuple(read_text(path).removesuffix("\n").split("\n"))
 
 
 def _parts(paths: Sequence[Path]) -> list[packing.OnnxPart | packing.EnginePart]:

@@ -15,6 +15,7 @@ import click
 
 from memopt import __version__
 from memopt.errors import AnswerIsNo, InputRefused, MemoptError, OutOfResource, UsageError, first_line, printable
+from memopt.files import read_text
 from memopt.gate import METRICS
 from memopt_export import training_cli
 from memopt_export.means import UNLIMITED
@@ -521,10 +522,7 @@ def _passphrase(file: Path | None) -> str | None:
     """From the file, else from the environment, never from the command line, which every process can read."""
     if file is None:
         return os.environ.get("MEMOPT_PASSPHRASE")
-    try:
-        return file.read_text().removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputRefused(f"{file} cannot be read as text: {first_line(error)}") from error
+    return read_text(file).removesuffix("\n")
 
 
 def _profile(batch: Sequence[int]) -> tuple[int, int, int]:

@@ -510,7 +510,6 @@ def _look_at(paths: Sequence[Path]) -> tuple[dict[Path, _Seen], dict[Path, str]]
 
 
 def _see(path: Path) -> _Seen:
-    from memopt.artifact import read_sidecar
     from memopt.torch_runtime import read_specs
     from memopt_export.graph import load_graph
     from memopt_export.pack import planned_points

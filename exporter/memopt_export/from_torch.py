@@ -87,7 +87,8 @@ def export(checkpoint: Checkpoint, samples: Array, *, compact: bool = False, vie
 
     if len(samples) < 2:
         raise InputRefused("parity is proved on at least two samples", hint="--data SPEC")
-    views = views_of(checkpoint) if views is None else views
+    if views is None:
+        views = views_of(checkpoint)
     check_views(views)
     module = deployed(checkpoint)
     whole = seen_from(module, views)

@@ -16,7 +16,7 @@ from memopt_models.integer_kernels import PLACES
 from memopt_models.resume import Keep
 from memopt_models.team import ALONE, Team
 from memopt_models.train import Loss, OnStep, TrainSettings, cross_entropy, data_for, describe, fit_module, identify
-from memopt_models.views import check_views, seen_from
+from memopt_models.views import WINDOWS, check_views, seen_from
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +107,16 @@ def trainee(first: Checkpoint, **asked: Any) -> tuple[nn.Module, Loss]:
 
 
 def views_of(checkpoint: Checkpoint) -> int:
-    """From how many places it was trained to see a picture."""
-    return int(checkpoint.quantization.get(VIEWS, 1))
+    """From how many places it was trained to see a picture.
+
+    Raises:
+        InputRefused: it says what no number of views is.
+    """
+    views = checkpoint.quantization.get(VIEWS, 1)
+    if type(views) is not int or views not in WINDOWS:
+        known = ", ".join(map(str, WINDOWS))
+        raise InputRefused(f"the checkpoint was trained for {views!r} views, this memopt knows {known}")
+    return views
 
 
 def deployed(checkpoint: Checkpoint) -> nn.Module:

@@ -189,7 +189,7 @@ def _equalize(module: GraphModule, bits: Mapping[str, int]) -> torch.Tensor:
 
     layers = [(str(argument(node, 1).target), argument(node, 2)) for node in _in_a_row(module)]
     weights = {name: module.get_parameter(name).detach() for name, _ in layers}
-    own = {name: best_steps(weights[name].reshape(1, -1), bits[name]) for name in weights.keys() & bits.keys()}
+    own = {name: best_steps(weights[name].reshape(1, -1), bits[name]) for name in weights if name in bits}
     shared = torch.cat([*own.values()]).log().mean().exp()
     factor = torch.ones(())
     for name, bias in layers:

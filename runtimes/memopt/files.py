@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from memopt.errors import InputRefused, OutOfResource, UsageError
+from memopt.errors import InputRefused, OutOfResource, UsageError, first_line
 
 _BESIDE = ".memopt-tmp"  # how what is being written ends
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -128,6 +128,14 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         yield True
     finally:
         os.close(handle)
+
+
+def read_text(path: Path) -> str:
+    """The text in a file; InputRefused where there is none."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputRefused(f"{path} cannot be read as text: {first_line(error)}") from error
 
 
 def refuse_to_overwrite(path: Path, *, force: bool) -> None:

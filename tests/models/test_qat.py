@@ -12,7 +12,7 @@ from memopt.errors import InputRefused, UsageError
 from memopt_models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from memopt_models.data import DataSet
 from memopt_models.evaluate import measure
-from memopt_models.qat import QatSettings, deployed, train_rounded, trainee
+from memopt_models.qat import QatSettings, deployed, train_rounded, trainee, views_of
 from memopt_models.train import Progress, TrainSettings, train
 
 ONE = TrainSettings(epochs=1, learning_rate=1e-4)
@@ -87,6 +87,12 @@ def test_probe_of_memory_trains_what_is_trained(dense: Checkpoint) -> None:
 def test_impossible_settings_are_refused(asked: dict, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         QatSettings(**{"train": ONE, **asked})
+
+
+@pytest.mark.parametrize("views", [5, "4", [4], True, None])
+def test_views_that_a_file_cannot_mean_are_refused(rounded: Checkpoint, views: object) -> None:
+    with pytest.raises(InputRefused, match=r"trained for .* views, this memopt knows 1, 4, 9"):
+        views_of(replace(rounded, quantization=rounded.quantization | {"views": views}))
 
 
 def test_unknown_rounding_is_refused(rounded: Checkpoint) -> None:

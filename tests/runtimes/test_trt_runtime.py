@@ -755,6 +755,16 @@ def builder(monkeypatch, stale):
     return SimpleNamespace(asked=asked, free=free)
 
 
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Engines cannot be built."""
+
+    def refuse(command, timeout_s):
+        raise BackendError("the disk is full")
+
+    monkeypatch.setattr(engine_rebuild, "_run", refuse)
+
+
 def opened_here(monkeypatch):
     """The names of the engines that the runtime is asked to open; what it opens is a stand-in."""
     opened = []
@@ -816,13 +826,8 @@ def test_a_device_that_is_named_waits_for_its_engine(stale, builder, monkeypatch
         assert model.why[-1].endswith("built anew for this GPU")
 
 
-def test_why_an_engine_was_not_built_is_said(stale, builder, monkeypatch, tiny_inputs):
+def test_why_an_engine_was_not_built_is_said(stale, full_disk, tiny_inputs):
     path, cache = stale
-
-    def refuse(command, timeout_s):
-        raise BackendError("the disk is full")
-
-    monkeypatch.setattr(engine_rebuild, "_run", refuse)
     with memopt.load(path, cache=cache) as model:
         assert model._better.made.exception(timeout=20) is not None
         assert model(tiny_inputs).shape == (32, 3)
@@ -867,13 +872,8 @@ def with_engine(choice_of, engine):
     return lambda bundle, artifact: choice_of(bundle, replace(artifact, engine=engine))
 
 
-def test_load_that_waits_goes_on_without_an_engine_that_cannot_be_built(stale, builder, monkeypatch, tiny_inputs):
+def test_load_that_waits_goes_on_without_an_engine_that_cannot_be_built(stale, full_disk, tiny_inputs):
     path, cache = stale
-
-    def refuse(command, timeout_s):
-        raise BackendError("the disk is full")
-
-    monkeypatch.setattr(engine_rebuild, "_run", refuse)
     with memopt.load(path, cache=cache, specialize="wait") as model:
         assert model(tiny_inputs).shape == (32, 3)
         assert "engine: not built anew for this GPU: the disk is full" in model.why
