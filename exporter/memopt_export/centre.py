@@ -1,0 +1,138 @@
+"""Channels moved to the middle of their ranges by the biases before them, and back by the biases behind.
+
+The graph computes the same. A range around zero is as short as it can be, so its steps are: a channel between 1 and 5
+needs 10 units of steps to both sides of zero as it stands, and 4 when 3 is taken away from it. With signed symmetric
+integers all that a Relu writes is such a channel, and half of the integers are never used.
+
+1. What a layer writes, and sums of it: each channel on its own, by the layer's bias. Middles of sums are those of the
+   summands, so they are chosen together, by least squares.
+2. What a Relu or a Clip from zero writes behind a layer: all channels alike, for symmetric integers. The function
+   becomes a Clip from below, min(max(x, 0), high) - m = min(max(x - m, -m), high - m), and the layer's bias is lower.
+
+Padding adds zeros, which would have to move too, so the layers that read must not pad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from memopt.tensors import Array
+from memopt_export.channels import ChannelSet, Rules, Statistics, Weights, channel_sets, is_layer, keeps_channels
+from memopt_export.graph import Wiring, attribute
+from memopt_export.placement import is_absorbed
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def linear_sets(wiring: Wiring) -> Iterator[ChannelSet]:
+    """Sets that layers write."""
+    rules = Rules(
+        writes=lambda index: is_layer(wiring.nodes[index], wiring),
+        reads=lambda index: _is_unpadded(wiring.nodes[index], wiring),
+        commutes=_commutes,
+    )
+    return channel_sets(wiring, rules)
+
+
+def clipped_sets(wiring: Wiring) -> Iterator[ChannelSet]:
+    """Sets that a Relu or a Clip from zero writes, each alone behind a layer."""
+    rules = Rules(
+        writes=lambda index: _layer_before(index, wiring) is not None,
+        reads=lambda index: _is_unpadded(wiring.nodes[index], wiring),
+        commutes=_commutes,
+    )
+    return channel_sets(wiring, rules)
+
+
+def centre_linear(each: ChannelSet, statistics: dict[str, Statistics], wiring: Wiring, weights: Weights) -> None:
+    """Moves each channel on its own; weights and statistics are changed in place."""
+    channels = weights.channels(each.writers[0])
+    known = [tensor for tensor in each.tensors if tensor in statistics and len(statistics[tensor].low) == channels]
+    if not known or any(weights.channels(writer) != channels for writer in each.writers):
+        return
+    counts = counts_of(each, wiring)
+    middles = np.array([(statistics[tensor].low + statistics[tensor].high) / 2 for tensor in known], np.float64)
+    spans = [np.ptp([statistics[tensor].low, statistics[tensor].high]) for tensor in known]
+    equal = 1 / np.maximum(spans, np.finfo(np.float32).tiny)[:, None]  # a step of each counts the same
+    written = np.linalg.lstsq(np.array([counts[tensor] for tensor in known]) * equal, middles * equal, rcond=None)[0]
+    for writer, lower in zip(each.writers, written, strict=True):
+        weights.raise_outputs(writer, -lower)
+    for reader in each.readers:
+        weights.raise_inputs(reader, counts[wiring.nodes[reader].input[0]] @ written)
+    for tensor in known:
+        statistics[tensor] = statistics[tensor].lowered(counts[tensor] @ written)
+
+
+def centre_clipped(
+    each: ChannelSet, statistics: Mapping[str, Statistics], wiring: Wiring, weights: Weights
+) -> dict[int, float]:
+    """Moves all channels of what each writer writes alike, by half of the largest value: what is taken away, by the
+    writer's index. Weights are changed in place, the functions are still to be (`put_clips`).
+    """
+    outputs = [wiring.nodes[writer].output[0] for writer in each.writers]
+    if not all(output in statistics for output in outputs):
+        return {}
+    lower = np.array([float(statistics[output].high.max()) / 2 for output in outputs])
+    counts = counts_of(each, wiring)
+    for writer, by in zip(each.writers, lower, strict=True):
+        layer = _layer_before(writer, wiring)
+        assert layer is not None
+        weights.raise_outputs(layer, np.full(weights.channels(layer), -by))
+    for reader in each.readers:
+        read = wiring.nodes[reader].input[0]
+        channels = len(statistics[outputs[0]].high)
+        weights.raise_inputs(reader, np.full(channels, counts[read] @ lower))
+    return dict(zip(each.writers, lower.tolist(), strict=True))
+
+
+def put_clips(model: onnx.ModelProto, lowered: Mapping[int, float]) -> None:
+    """Makes every Relu and Clip that is named a Clip that is lower by so much. In place."""
+    from onnx import helper, numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for index, by in lowered.items():
+        node = model.graph.node[index]
+        ends = [-by]
+        if len(node.input) > 2 and node.input[2]:
+            ends.append(float(numpy_helper.to_array(constants[node.input[2]])) - by)
+        names = [f"{node.output[0]}.{end}" for end in ("low", "high")][: len(ends)]
+        model.graph.initializer.extend(
+            numpy_helper.from_array(np.asarray(end, np.float32), name) for name, end in zip(names, ends, strict=True)
+        )
+        node.CopyFrom(helper.make_node("Clip", [node.input[0], *names], list(node.output), name=node.name))
+
+
+def _commutes(node: onnx.NodeProto, activations: Sequence[str], wiring: Wiring) -> bool:
+    """Whether moving commutes with it: means do not where they count padding."""
+    padded = any(attribute(node, "pads", [])) or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
+    counted = node.op_type == "AveragePool" and attribute(node, "count_include_pad", 0) and padded
+    return keeps_channels(node, activations, wiring) and not counted
+
+
+def _is_unpadded(node: onnx.NodeProto, wiring: Wiring) -> bool:
+    unpadded = not any(attribute(node, "pads", [])) and attribute(node, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+    return is_layer(node, wiring) and unpadded
+
+
+def _layer_before(index: int, wiring: Wiring) -> int | None:
+    """The layer whose output a Relu or a Clip from zero alone reads; None for another node."""
+    node = wiring.nodes[index]
+    if node.op_type not in ("Relu", "Clip") or not is_absorbed(node, wiring):
+        return None
+    writer = wiring.writer.get(node.input[0])
+    alone = wiring.sole_reader(node.input[0]) == index
+    return writer if writer is not None and alone and is_layer(wiring.nodes[writer], wiring) else None
+
+
+def counts_of(each: ChannelSet, wiring: Wiring) -> dict[str, Array]:
+    """How often what each writer writes is in each tensor, (writers,)."""
+    own = np.eye(len(each.writers))
+    counts = {wiring.nodes[writer].output[0]: row for writer, row in zip(each.writers, own, strict=True)}
+    for index in sorted(each.between):
+        node = wiring.nodes[index]
+        counts[node.output[0]] = sum((counts[name] for name in node.input if name in counts), np.zeros(len(own)))
+    return counts
