@@ -123,6 +123,26 @@ class Statistics:
     squares: Array  # of each sample's mean of squares
     samples: int
 
+    @classmethod
+    def of_nothing(cls, channels: int) -> Statistics:
+        """Before the first sample."""
+        ends, zeros = np.full(channels, np.inf, np.float32), np.zeros(channels)
+        return cls(ends, -ends, zeros, zeros, 0)
+
+    def and_of(self, values: Array) -> Statistics:
+        """Those of (samples, channels, places) more."""
+        exact = values.astype(np.float64)
+        sums, squares = self.sums, self.squares
+        for mean, square in zip(exact.mean(axis=2), np.square(exact, out=exact).mean(axis=2), strict=True):
+            sums, squares = sums + mean, squares + square  # one by one, so that no sum depends on how many run at once
+        return Statistics(
+            np.minimum(self.low, values.min(axis=(0, 2))),
+            np.maximum(self.high, values.max(axis=(0, 2))),
+            sums,
+            squares,
+            self.samples + len(values),
+        )
+
     @property
     def largest(self) -> Array:
         """Magnitude."""
@@ -145,27 +165,9 @@ def look(
     """The statistics of tensors, (n, channels, ...), on samples that wait before the nodes of `cuts`."""
     found: dict[str, Statistics] = {}
     for name, array in watch_all(graph.model, batches, tensors, cuts=cuts):
-        for sample in array:  # one by one, so that no sum depends on how many run at once
-            found[name] = _joined(found.get(name), _statistics(sample))
+        values = array.reshape(*array.shape[:2], -1)
+        found[name] = found.get(name, Statistics.of_nothing(values.shape[1])).and_of(values)
     return found
-
-
-def _statistics(sample: Array) -> Statistics:
-    flat = sample.reshape(len(sample), -1)
-    sums, squares = (each.mean(axis=1, dtype=np.float64) for each in (flat, np.square(flat)))
-    return Statistics(flat.min(axis=1), flat.max(axis=1), sums, squares, 1)
-
-
-def _joined(first: Statistics | None, second: Statistics) -> Statistics:
-    if first is None:
-        return second
-    return Statistics(
-        np.minimum(first.low, second.low),
-        np.maximum(first.high, second.high),
-        first.sums + second.sums,
-        first.squares + second.squares,
-        first.samples + second.samples,
-    )
 
 
 # --- weights

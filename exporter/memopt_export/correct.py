@@ -187,14 +187,15 @@ def _draw(
         pieces = size if len(quantized) % size == 0 else 1
         there, share = geometry.positions(quantized) // pieces, size // pieces
         read, compared = (min(math.ceil(count * share), there) for count in (wanted, kept))
+        most = max(read, compared)
         seeds = [(index, sample + share * piece) for piece in range(pieces)]
-        drawn = [np.random.default_rng(seed).choice(there, max(read, compared), replace=False) for seed in seeds]
-        chosen, some = (
-            np.concatenate([np.sort(each[:count]) + there * piece for piece, each in enumerate(drawn)])
-            for count in (read, compared)
-        )
-        found = geometry.rows(quantized, chosen), geometry.rows(quantized, some), geometry.rows(plain, some)
-        yield from zip(*(np.split(rows, pieces, axis=1) for rows in found), strict=True)
+        drawn = np.array([np.random.default_rng(seed).choice(there, most, replace=False) for seed in seeds])
+        order = np.argsort(drawn, axis=1)
+        taken = np.take_along_axis(drawn, order, axis=1) + there * np.arange(pieces)[:, None]
+        reads, compares = order < read, order < compared  # the first ones that were drawn
+        rows = geometry.rows(quantized, taken.reshape(-1))
+        found = rows[:, reads.reshape(-1)], rows[:, compares.reshape(-1)], geometry.rows(plain, taken[compares])
+        yield from zip(*(np.split(each, pieces, axis=1) for each in found), strict=True)
         sample += size
 
 

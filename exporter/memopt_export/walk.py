@@ -6,6 +6,7 @@ weights may change ahead of the walk. Files are read and written, not mapped: th
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,19 +33,19 @@ class _Stored:
     path: Path
     dtype: np.dtype[Any]
     shapes: list[tuple[int, ...]] = field(default_factory=list)
+    ends: list[int] = field(default_factory=lambda: [0])  # bytes to where each batch begins, and the last one ends
 
     def append(self, array: Array) -> None:
         """Adds the next batch's tensor."""
         with self.path.open("ab") as file:
             np.ascontiguousarray(array).tofile(file)
         self.shapes.append(array.shape)
+        self.ends.append(self.ends[-1] + array.nbytes)
 
     def read(self, batch: int) -> Array:
         """The tensor of one batch."""
-        skipped = sum(int(np.prod(shape, dtype=np.int64)) for shape in self.shapes[:batch])
-        shape = self.shapes[batch]
-        count = int(np.prod(shape, dtype=np.int64))
-        return np.fromfile(self.path, self.dtype, count, offset=skipped * self.dtype.itemsize).reshape(shape)
+        shape, start = self.shapes[batch], self.ends[batch]
+        return np.fromfile(self.path, self.dtype, math.prod(shape), offset=start).reshape(shape)
 
 
 class Walk:
