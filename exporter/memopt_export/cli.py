@@ -63,7 +63,8 @@ def _quantizing(command: Command) -> Command:
         click.option("--correction", help=f"Of rounded weights: {', '.join(CORRECTIONS)}.  [default: gptq]"),
         click.option(
             "--equalize/--no-equalize", default=None,
-            help="Bring channels to similar ranges first; the float graph computes the same.  [default: equalize]",
+            help="First make a float graph that computes the same and rounds better: similar ranges around zero, "
+            "narrow tensors twice.  [default: equalize]",
         ),
         click.option("--weight-bits", type=int, help="Of integer layers: 8, or 7 without VNNI.  [default: 8]"),
         click.option(

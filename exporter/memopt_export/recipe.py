@@ -36,7 +36,8 @@ class Recipe:
         percentile: of the values that "percentile" keeps within the range, 50 to 100.
         correction: what is done about the error of rounded weights: "bias" shifts each channel's mean back, "gptq"
             rounds each weight so that it makes up for the ones before, and shifts too; "none" rounds to nearest.
-        equalize: whether channels are brought to similar ranges first; the float graph computes the same.
+        equalize: whether channels are first brought to similar ranges and to the middle of them, and narrow tensors are
+            stored twice; the float graph computes the same.
         weight_bits: of integer layers: 8, or 7 for CPUs without VNNI, whose 16-bit sums saturate.
         exclude: names of nodes, or operators, that stay float.
         include: names of layers, or operators; where there are any, all other layers stay float.
@@ -200,7 +201,7 @@ _COMMENTS = {
     "calibration": "How a range follows from the values seen: " + ", ".join(CALIBRATIONS) + ".",
     "percentile": 'Of the values that calibration "percentile" keeps within the range, 50 to 100.',
     "correction": "What makes up for rounded weights: " + ", ".join(CORRECTIONS) + ".",
-    "equalize": "Whether channels are brought to similar ranges first.",
+    "equalize": "Whether channels are brought to similar ranges around zero first, narrow tensors twice.",
     "weight_bits": "Of integer layers: 8, or 7 for CPUs without VNNI.",
     "group_size": "Inputs that share a scale in weight-only precisions: "
     + ", ".join(map(str, GROUP_SIZES))

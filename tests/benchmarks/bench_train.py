@@ -126,6 +126,7 @@ def student(seed: int) -> list[Row]:
 def residual(seed: int) -> list[Row]:
     """resnet18 on Fashion-MNIST: dense, and pruned by half and INT8 by `quantize`, ten epochs each.
 
+    Half of all channels are 5 of 8 in the two last stages, which have 94% of the weights and see 2 x 2 places and one.
     The rate of the eight epochs was chosen on validation, of 2e-3 and 4e-3 for both; it is the same.
     """
     data = open_data("fashion-mnist")
@@ -133,7 +134,7 @@ def residual(seed: int) -> list[Row]:
     base = _made("resnet", how, lambda: train("resnet18", RESNET, data, how))
     more = replace(how, epochs=8, learning_rate=4e-3)
     dense = _made("resnet-dense", [how, more], lambda: train("resnet18", RESNET, data, more, start=base))
-    cut = PruneSettings(ratio=0.5, round_to=8, finetune=more)
+    cut = PruneSettings(ratio=0.625, round_to=8, protect=("conv1", "layer1.*", "layer2.*"), finetune=more)
     pruned = _made("resnet-pruned", [how, cut], lambda: prune(base, data, cut))
     return [
         _row("resnet18 fp32", dense, data, seed),
