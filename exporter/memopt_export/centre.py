@@ -108,14 +108,16 @@ def put_clips(model: onnx.ModelProto, lowered: Mapping[int, float]) -> None:
 
 def _commutes(node: onnx.NodeProto, activations: Sequence[str], wiring: Wiring) -> bool:
     """Whether moving commutes with it: means do not where they count padding."""
-    padded = any(attribute(node, "pads", [])) or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
-    counted = node.op_type == "AveragePool" and attribute(node, "count_include_pad", 0) and padded
+    counted = node.op_type == "AveragePool" and attribute(node, "count_include_pad", 0) and _pads(node)
     return keeps_channels(node, activations, wiring) and not counted
 
 
 def _is_unpadded(node: onnx.NodeProto, wiring: Wiring) -> bool:
-    unpadded = not any(attribute(node, "pads", [])) and attribute(node, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
-    return is_layer(node, wiring) and unpadded
+    return is_layer(node, wiring) and not _pads(node)
+
+
+def _pads(node: onnx.NodeProto) -> bool:
+    return any(attribute(node, "pads", [])) or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
 
 
 def _layer_before(index: int, wiring: Wiring) -> int | None:
