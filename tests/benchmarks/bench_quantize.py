@@ -58,7 +58,7 @@ def main() -> int:
                 f"{network} {seed}: " + "; ".join(f"{k} {v['sqnr_db']:.2f} dB" for k, v in rows[-1].items()) + "\n"
             )
         details[network] = rows
-        marks += accuracy_marks(network, rows) + speed_marks(network, model, judged)
+        marks += accuracy_marks(network, rows) + speed_marks(network, model, data.test.images, steps)
     marks += memory_marks(data.train.images, steps)
     return report("quantize", marks, details)
 
@@ -125,23 +125,34 @@ def accuracy_marks(network: str, rows: list[dict[str, dict[str, float]]]) -> lis
     ]  # fmt: skip
 
 
-def speed_marks(network: str, model: Path, judged: Array) -> list[Mark]:
-    """Latency of INT8 against fp32, each run in a fresh process."""
+def speed_marks(network: str, model: Path, images: Array, steps: Any) -> list[Mark]:
+    """Latency of INT8 against fp32, each run in a fresh process, for pictures of the trained size and of LARGE px."""
     with tempfile.TemporaryDirectory(prefix="memopt-bench-") as name:
         folder = Path(name)
-        np.save(folder / "samples.npy", judged[:SAMPLES])
+        shown, shown_large = folder / "shown.npy", folder / "large.npy"
+        np.save(shown, prepare(images[:SAMPLES], steps))
+        np.save(shown_large, prepare(images[:8], at_side(LARGE, steps)))
         small = folder / "small.onnx"
-        job({"model": str(model), "samples": str(folder / "samples.npy"), "method": "bias", "output": str(small)})
-        inputs = {"input": str(folder / "samples.npy")}
+        job({"model": str(model), "samples": str(shown), "method": "bias", "output": str(small)})
 
-        def ratio(batch: int) -> float:
+        def ratio(batch: int, models: tuple[Path, Path], inputs: Path) -> float:
             pairs = []
             for _ in range(5):
-                int8, fp32 = (measure(Request(str(p), "onnxruntime", "cpu", batch, inputs)) for p in (small, model))
+                int8, fp32 = (
+                    measure(Request(str(p), "onnxruntime", "cpu", batch, {"input": str(inputs)})) for p in models
+                )
                 pairs.append(int8.p50_ms / fp32.p50_ms)
             return statistics.median(pairs)
 
-        return [Mark(f"{network} int8, time of fp32 at batch {b}", ratio(b), "x", limit=0.5) for b in (1, 8)]
+        sizes = {
+            "": ((small, model), shown),
+            f" at {LARGE} px": ((at_large(small, folder), at_large(model, folder)), shown_large),
+        }
+        return [
+            Mark(f"{network} int8{size}, time of fp32 at batch {b}", ratio(b, *given), "x", limit=0.5)
+            for size, given in sizes.items()
+            for b in (1, 8)
+        ]
 
 
 def memory_marks(images: Array, steps: Any) -> list[Mark]:
