@@ -239,7 +239,7 @@ class Weights:
         stored = {tensor.name: tensor for tensor in model.graph.initializer}
         for index, arrays in self._changed.items():
             node = model.graph.node[index]
-            names = [*node.input[1:], f"{node.output[0]}.offset"][: len(arrays)]
+            names = [*filter(None, node.input[1:]), f"{node.output[0]}.offset"][: len(arrays)]
             for slot, (name, array) in enumerate(zip(names, arrays, strict=True)):
                 if name not in stored or len(self._wiring.readers[name]) > 1:
                     names[slot] = name if name not in stored else f"{node.output[0]}.{name}"

@@ -82,8 +82,14 @@ def reader_without_bias(net):
     net.conv(4, kernel=1, bias=False)
 
 
+def reader_with_a_bias_called_nothing(net):
+    first(net)
+    net.op("Identity", name="watched")
+    net.op("Conv", net.last, net.weight("w", 4, 8, 1, 1), "")
+
+
 def two_readers(net):
-    read = first(net)
+    first(net)
     read = net.op("Identity", name="watched")
     left = net.conv(4, kernel=1, read=read)
     net.op("Add", left, net.conv(4, kernel=1, read=read, bias=False))
@@ -91,7 +97,7 @@ def two_readers(net):
 
 MOVED = [
     linear, sums, twice, global_mean, largest_at_the_edge, mean_that_leaves_padding_out, flatten, groups,
-    reader_without_bias, two_readers,
+    reader_without_bias, reader_with_a_bias_called_nothing, two_readers,
 ]  # fmt: skip
 
 
