@@ -51,18 +51,12 @@ def _known(node: onnx.NodeProto, wiring: Wiring) -> Activation | None:
 
 
 def _clip(node: onnx.NodeProto, wiring: Wiring) -> Activation | None:
-    ends = [_number(name, wiring) for name in [*node.input[1:], "", ""][:2]]
+    ends = [wiring.scalar(name) for name in [*node.input[1:], "", ""][:2]]
     if any(name and end is None for name, end in zip(node.input[1:], ends, strict=False)):
         return None
     low = attribute(node, "min", -np.inf) if ends[0] is None else ends[0]
     high = attribute(node, "max", np.inf) if ends[1] is None else ends[1]
     return _between(low, high)
-
-
-def _number(name: str, wiring: Wiring) -> float | None:
-    from onnx import numpy_helper
-
-    return float(numpy_helper.to_array(wiring.initializers[name])) if name in wiring.initializers else None
 
 
 def _between(low: float, high: float) -> Activation:

@@ -20,8 +20,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from memopt.tensors import Array
-from memopt_export.channels import ChannelSet, Rules, Statistics, Weights, channel_sets, is_layer, keeps_channels
+from memopt_export.channels import (
+    ChannelSet,
+    Rules,
+    Statistics,
+    Weights,
+    channel_sets,
+    is_layer,
+    keeps_channels,
+    known_of,
+)
 from memopt_export.graph import Wiring, attribute
+from memopt_export.patches import pads
 from memopt_export.placement import is_absorbed
 
 if TYPE_CHECKING:
@@ -41,7 +51,7 @@ def linear_sets(wiring: Wiring) -> Iterator[ChannelSet]:
 def clipped_sets(wiring: Wiring) -> Iterator[ChannelSet]:
     """Sets that a Relu or a Clip from zero writes, each alone behind a layer."""
     rules = Rules(
-        writes=lambda index: _layer_before(index, wiring) is not None,
+        writes=lambda index: _is_behind_a_layer(index, wiring),
         reads=lambda index: _is_unpadded(wiring.nodes[index], wiring),
         commutes=_commutes,
     )
@@ -50,21 +60,20 @@ def clipped_sets(wiring: Wiring) -> Iterator[ChannelSet]:
 
 def centre_linear(each: ChannelSet, statistics: dict[str, Statistics], wiring: Wiring, weights: Weights) -> None:
     """Moves each channel on its own; weights and statistics are changed in place."""
-    channels = weights.channels(each.writers[0])
-    known = [tensor for tensor in each.tensors if tensor in statistics and len(statistics[tensor].low) == channels]
-    if not known or any(weights.channels(writer) != channels for writer in each.writers):
+    known = known_of(each, statistics, weights)
+    if not known:
         return
     counts = counts_of(each, wiring)
-    middles = np.array([(statistics[tensor].low + statistics[tensor].high) / 2 for tensor in known], np.float64)
-    spans = [np.ptp([statistics[tensor].low, statistics[tensor].high]) for tensor in known]
+    middles = np.array([(found.low + found.high) / 2 for found in known.values()], np.float64)
+    spans = [np.ptp([found.low, found.high]) for found in known.values()]
     equal = 1 / np.maximum(spans, np.finfo(np.float32).tiny)[:, None]  # a step of each counts the same
     written = np.linalg.lstsq(np.array([counts[tensor] for tensor in known]) * equal, middles * equal, rcond=None)[0]
     for writer, lower in zip(each.writers, written, strict=True):
         weights.raise_outputs(writer, -lower)
     for reader in each.readers:
         weights.raise_inputs(reader, counts[wiring.nodes[reader].input[0]] @ written)
-    for tensor in known:
-        statistics[tensor] = statistics[tensor].lowered(counts[tensor] @ written)
+    for tensor, found in known.items():
+        statistics[tensor] = found.lowered(counts[tensor] @ written)
 
 
 def centre_clipped(
@@ -79,26 +88,21 @@ def centre_clipped(
     lower = np.array([float(statistics[output].high.max()) / 2 for output in outputs])
     counts = counts_of(each, wiring)
     for writer, by in zip(each.writers, lower, strict=True):
-        layer = _layer_before(writer, wiring)
-        assert layer is not None
+        layer = wiring.writer[wiring.nodes[writer].input[0]]
         weights.raise_outputs(layer, np.full(weights.channels(layer), -by))
     for reader in each.readers:
-        read = wiring.nodes[reader].input[0]
-        channels = len(statistics[outputs[0]].high)
-        weights.raise_inputs(reader, np.full(channels, counts[read] @ lower))
+        weights.raise_inputs(reader, np.array([counts[wiring.nodes[reader].input[0]] @ lower]))
     return dict(zip(each.writers, lower.tolist(), strict=True))
 
 
-def put_clips(model: onnx.ModelProto, lowered: Mapping[int, float]) -> None:
+def put_clips(model: onnx.ModelProto, wiring: Wiring, lowered: Mapping[int, float]) -> None:
     """Makes every Relu and Clip that is named a Clip that is lower by so much. In place."""
     from onnx import helper, numpy_helper
 
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for index, by in lowered.items():
         node = model.graph.node[index]
-        ends = [-by]
-        if len(node.input) > 2 and node.input[2]:
-            ends.append(float(numpy_helper.to_array(constants[node.input[2]])) - by)
+        high = wiring.scalar(node.input[2]) if len(node.input) > 2 else None
+        ends = [-by] if high is None else [-by, high - by]
         names = [f"{node.output[0]}.{end}" for end in ("low", "high")][: len(ends)]
         model.graph.initializer.extend(
             numpy_helper.from_array(np.asarray(end, np.float32), name) for name, end in zip(names, ends, strict=True)
@@ -108,26 +112,19 @@ def put_clips(model: onnx.ModelProto, lowered: Mapping[int, float]) -> None:
 
 def _commutes(node: onnx.NodeProto, activations: Sequence[str], wiring: Wiring) -> bool:
     """Whether moving commutes with it: means do not where they count padding."""
-    counted = node.op_type == "AveragePool" and attribute(node, "count_include_pad", 0) and _pads(node)
+    counted = node.op_type == "AveragePool" and attribute(node, "count_include_pad", 0) and pads(node)
     return keeps_channels(node, activations, wiring) and not counted
 
 
 def _is_unpadded(node: onnx.NodeProto, wiring: Wiring) -> bool:
-    return is_layer(node, wiring) and not _pads(node)
+    return is_layer(node, wiring) and not pads(node)
 
 
-def _pads(node: onnx.NodeProto) -> bool:
-    return any(attribute(node, "pads", [])) or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
-
-
-def _layer_before(index: int, wiring: Wiring) -> int | None:
-    """The layer whose output a Relu or a Clip from zero alone reads; None for another node."""
+def _is_behind_a_layer(index: int, wiring: Wiring) -> bool:
+    """Whether the node is a Relu or a Clip from zero that alone reads what a layer writes."""
     node = wiring.nodes[index]
-    if node.op_type not in ("Relu", "Clip") or not is_absorbed(node, wiring):
-        return None
-    writer = wiring.writer.get(node.input[0])
-    alone = wiring.sole_reader(node.input[0]) == index
-    return writer if writer is not None and alone and is_layer(wiring.nodes[writer], wiring) else None
+    writer = wiring.writer.get(node.input[0]) if is_absorbed(node, wiring) else None
+    return writer is not None and is_layer(wiring.nodes[writer], wiring) and wiring.sole_reader(node.input[0]) == index
 
 
 def counts_of(each: ChannelSet, wiring: Wiring) -> dict[str, Array]:

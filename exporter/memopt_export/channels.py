@@ -19,6 +19,7 @@ from memopt_export.walk import watch_all
 if TYPE_CHECKING:
     import onnx
 
+LEVELS = 255  # of an activation
 _WEIGHT_LEVELS = 127
 
 
@@ -131,10 +132,10 @@ class Statistics:
 
     def and_of(self, values: Array) -> Statistics:
         """Those of (samples, channels, places) more."""
-        exact = values.astype(np.float64)
         sums, squares = self.sums, self.squares
-        for mean, square in zip(exact.mean(axis=2), np.square(exact, out=exact).mean(axis=2), strict=True):
-            sums, squares = sums + mean, squares + square  # one by one, so that no sum depends on how many run at once
+        for sample in values:  # one by one, so that no sum depends on how many run at once
+            exact = sample.astype(np.float64)
+            sums, squares = sums + exact.mean(axis=1), squares + np.square(exact).mean(axis=1)
         return Statistics(
             np.minimum(self.low, values.min(axis=(0, 2))),
             np.maximum(self.high, values.max(axis=(0, 2))),
@@ -170,6 +171,16 @@ def look(
     return found
 
 
+def known_of(each: ChannelSet, statistics: Mapping[str, Statistics], weights: Weights) -> dict[str, Statistics]:
+    """What is known of the tensors that have the set's channels; nothing where layers write different numbers."""
+    channels = {weights.channels(writer) for writer in each.writers}
+    return {
+        tensor: statistics[tensor]
+        for tensor in each.tensors
+        if tensor in statistics and {len(statistics[tensor].low)} == channels
+    }
+
+
 # --- weights
 
 
@@ -202,7 +213,9 @@ class Weights:
         self._changed[index] = [weight, bias[0] + by if bias else by]
 
     def raise_inputs(self, index: int, by: Array) -> None:
-        """Adds to the bias what the weights make of a number added to each channel that a layer reads."""
+        """Adds to the bias what the weights make of a number added to each channel that a layer reads, or of one for
+        all.
+        """
         matrix = self._matrix(index)[1].astype(np.float64)
         self.raise_outputs(index, (matrix * _spread(by, matrix)).sum(axis=2).reshape(-1))
 
@@ -215,8 +228,7 @@ class Weights:
 
     def double_inputs(self, index: int, apart: float) -> None:
         """Half of each weight for a channel and half for its double, which is so much larger; without groups."""
-        channels = self._arrays(index)[0].shape[1 - self._output_axis(index)]
-        self.raise_inputs(index, np.full(channels, -apart / 2))
+        self.raise_inputs(index, np.array([-apart / 2]))
         weight, bias = self._arrays(index)
         self._changed[index] = [np.concatenate([weight / 2, weight / 2], axis=1 - self._output_axis(index)), bias]
 

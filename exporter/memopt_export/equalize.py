@@ -10,7 +10,7 @@ twice (`twofold`), which makes their steps finer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from memopt.tensors import Array
 from memopt_export.centre import centre_clipped, centre_linear, clipped_sets, linear_sets, put_clips
 from memopt_export.channels import (
+    LEVELS,
     ChannelSet,
     Rules,
     Statistics,
@@ -25,8 +26,9 @@ from memopt_export.channels import (
     channel_sets,
     is_layer,
     keeps_channels,
+    known_of,
     look,
-)  # fmt: skip
+)
 from memopt_export.graph import Graph, Wiring, wire
 from memopt_export.placement import Placement, is_absorbed
 from memopt_export.twofold import store_twice, worth_two
@@ -38,7 +40,6 @@ _LARGEST_SCALE = 64.0
 # Part of the way to equal ranges, in the exponent. The largest value of a channel is known from samples only, and the
 # whole way would clip what no sample has shown.
 _PART = 0.5
-_LEVELS = 255  # of an activation
 
 
 def equalize(
@@ -51,16 +52,15 @@ def equalize(
     Clip from zero is taken for one: it then cuts a scaled channel off lower, but above all that a sample has shown.
 
     Args:
-        graph: the float graph.
+        graph: the float graph, simplified, so that it says no shapes of tensors between its nodes.
         placement: says which tensors are quantized, at any rate.
         batches: samples to run.
         cuts: nodes before which they wait, see `collect_ranges`.
     """
     wiring = wire(graph.model)
-    linear, scaled = list(linear_sets(wiring)), list(_scaled_sets(wiring))
+    scaled = list(_scaled_sets(wiring))
+    linear = list(linear_sets(wiring)) if placement.form != "fp8" else []  # floats are finest around zero as it is
     clipped = list(clipped_sets(wiring)) if placement.form == "tensorrt" else []
-    if placement.form == "fp8":  # floats are finest around zero, wherever the middle is
-        linear = []
     tensors = dict.fromkeys(tensor for each in (*linear, *scaled, *clipped) for tensor in each.tensors)
     wanted = [tensor for tensor in tensors if tensor in placement.ranges_of]
     statistics = look(graph, wanted, batches, cuts)
@@ -68,11 +68,8 @@ def equalize(
     for each in linear:
         centre_linear(each, statistics, wiring, weights)
     for each in scaled:
-        known = [statistics[tensor] for tensor in each.tensors if tensor in statistics]
-        channels = weights.channels(each.writers[0])
-        known = [found for found in known if len(found.low) == channels]
-        if known and all(weights.channels(writer) == channels for writer in each.writers):
-            scale = _scale(each, known, weights, channels)
+        if known := list(known_of(each, statistics, weights).values()):
+            scale = _scale(each, known, weights)
             for writer in each.writers:
                 weights.scale_outputs(writer, scale)
             for reader in each.readers:
@@ -80,21 +77,12 @@ def equalize(
     lowered: dict[int, float] = {}
     for each in clipped:  # last, since no scale goes through the Clips that it leaves, and none has moved the ends
         lowered |= centre_clipped(each, statistics, wiring, weights)
-    layers = [layer.index for layer in placement.layers]
-    twofold = list(worth_two(linear, layers, statistics, weights, wiring))
-    for each in twofold:
+    layers = {layer.index for layer in placement.layers}
+    for each in worth_two(linear, layers, statistics, weights, wiring):
         store_twice(each, statistics, weights, wiring)
     model = graph.copy_model()
-    put_clips(model, lowered)
-    _forget_shapes(model, {tensor for each in twofold for tensor in each.tensors})
+    put_clips(model, wiring, lowered)
     return graph.with_model(weights.put_into(model))
-
-
-def _forget_shapes(model: onnx.ModelProto, tensors: Set[str]) -> None:
-    """Takes away what the model says of tensors between its nodes. In place."""
-    kept = [value for value in model.graph.value_info if value.name not in tensors]
-    del model.graph.value_info[:]
-    model.graph.value_info.extend(kept)
 
 
 def _scaled_sets(wiring: Wiring) -> Iterator[ChannelSet]:
@@ -111,16 +99,17 @@ def _commutes(node: onnx.NodeProto, activations: Sequence[str], wiring: Wiring) 
     return node.op_type in ("Relu", "LeakyRelu") or keeps_channels(node, activations, wiring)
 
 
-def _scale(each: ChannelSet, known: Sequence[Statistics], weights: Weights, channels: int) -> Array:
+def _scale(each: ChannelSet, known: Sequence[Statistics], weights: Weights) -> Array:
     """What each channel is multiplied by, (channels,), at least 1.
 
     A channel could be scaled until its largest value is that of the tensor. Rounding it with a step of its tensor then
     errs by step² / 12 times what the readers make of it, and falls with scale²; rounding the readers' weights errs by
     what their steps, of weights that are not scaled down, make of its values, and rises with scale².
     """
+    channels = len(known[0].low)
     room = np.full(channels, _LARGEST_SCALE)
     from_activations, from_weights = np.zeros(channels), np.zeros(channels)
-    step = float(np.max([found.largest for found in known])) / _LEVELS
+    step = float(np.max([found.largest for found in known])) / LEVELS
     square = np.mean([found.square for found in known], axis=0)
     for found in known:
         end = np.maximum(found.largest.max(), np.finfo(np.float32).tiny)

@@ -343,6 +343,12 @@ class Wiring:
         readers = self.readers.get(tensor, ())
         return readers[0][0] if len(readers) == 1 and tensor not in self.outputs else None
 
+    def scalar(self, tensor: str) -> float | None:
+        """The one number that an initializer is; None for another tensor, and for the name of none."""
+        from onnx import numpy_helper
+
+        return float(numpy_helper.to_array(self.initializers[tensor]).item()) if tensor in self.initializers else None
+
     def is_constant(self, tensor: str) -> bool:
         """Whether the tensor is an initializer, plain or dequantized."""
         writer = self.writer.get(tensor)

@@ -100,6 +100,11 @@ class Geometry:
         return (smaller, larger) if self.auto_pad == "SAME_UPPER" else (larger, smaller)
 
 
+def pads(node: onnx.NodeProto) -> bool:
+    """Whether a convolution or a pooling reads zeros around its input, or may: SAME depends on the size."""
+    return any(attribute(node, "pads", [])) or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
+
+
 def _padded(read: Array, begins: tuple[int, ...], ends: tuple[int, ...]) -> Array:
     """Zeros around the places of (samples, channels, places...); np.pad does more, and takes its time for that."""
     if not any((*begins, *ends)):

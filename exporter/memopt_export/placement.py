@@ -227,16 +227,10 @@ def is_absorbed(node: onnx.NodeProto, wiring: Wiring) -> bool:
     """Whether saturation at the integers' ends does what the node does: Relu, or Clip from zero to a constant."""
     if node.op_type == "Relu":
         return True
-    if node.op_type != "Clip" or not all(wiring.is_constant(name) for name in node.input[1:] if name):
+    if node.op_type != "Clip" or not all(name in wiring.initializers for name in node.input[1:] if name):
         return False
-    low, high = (_scalar(name, wiring) for name in [*node.input[1:], "", ""][:2])
+    low, high = (wiring.scalar(name) for name in [*node.input[1:], "", ""][:2])
     return low == 0 and (high is None or high > 0)
-
-
-def _scalar(name: str, wiring: Wiring) -> float | None:
-    from onnx import numpy_helper
-
-    return numpy_helper.to_array(wiring.initializers[name]).item() if name else None
 
 
 # --- TensorRT

@@ -13,46 +13,43 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from memopt.tensors import Array
 from memopt_export.centre import counts_of
-from memopt_export.channels import ChannelSet, Statistics, Weights
+from memopt_export.channels import LEVELS, ChannelSet, Statistics, Weights, known_of
 from memopt_export.graph import Wiring, attribute
 
 _PRICE = 0.03  # of all weights, which may be added
 _WIDER = 2  # at least so many times the channels are written by the layers that read: the tensor is not a large one
-_LEVELS = 255
 _CANDIDATES = np.arange(-4, 4) + 0.5  # steps between the two, for a layer whose output is added to others
 
 
 def worth_two(
     sets: Sequence[ChannelSet], layers: Collection[int], statistics: Mapping[str, Statistics], weights: Weights,
     wiring: Wiring,
-) -> Iterator[ChannelSet]:  # fmt: skip
+) -> list[ChannelSet]:  # fmt: skip
     """The cheapest of sets of linear tensors, as many as may be stored twice. They have the fewest channels, which
     stand for the most; `layers` are those that are quantized.
     """
-    left = _PRICE * sum(weights.size(index) for index in layers)
-    priced = [
+    most = _PRICE * sum(weights.size(index) for index in layers)
+    priced = sorted(
         (sum(weights.size(index) for index in (*each.writers, *each.readers)), order)
         for order, each in enumerate(sets)
         if _is_narrow(each, layers, statistics, weights, wiring)
-    ]
-    for price, order in sorted(priced):
-        left -= price
-        if left < 0:
-            return
-        yield sets[order]
+    )
+    spent = itertools.accumulate(price for price, _ in priced)
+    return [sets[order] for total, (_, order) in zip(spent, priced, strict=True) if total <= most]
 
 
 def store_twice(each: ChannelSet, statistics: Mapping[str, Statistics], weights: Weights, wiring: Wiring) -> None:
     """Doubles the channels of a set, in the weights, which are changed in place."""
     counts = counts_of(each, wiring)
     steps = {
-        tensor: 2 * float(statistics[tensor].largest.max()) / _LEVELS for tensor in each.tensors if tensor in statistics
+        tensor: 2 * float(statistics[tensor].largest.max()) / LEVELS for tensor in each.tensors if tensor in statistics
     }
     apart = _half_steps([(counts[tensor], step) for tensor, step in steps.items() if step > 0], len(each.writers))
     for writer, offset in zip(each.writers, apart, strict=True):
@@ -66,14 +63,8 @@ def _is_narrow(
 ) -> bool:
     quantized = all(index in layers for index in (*each.writers, *each.readers))
     whole = all(attribute(wiring.nodes[index], "group", 1) == 1 for index in (*each.writers, *each.readers))
-    channels = {weights.channels(writer) for writer in each.writers}
-    return bool(
-        quantized
-        and whole
-        and len(channels) == 1
-        and any(tensor in statistics and len(statistics[tensor].low) in channels for tensor in each.tensors)
-        and min(weights.channels(reader) for reader in each.readers) >= _WIDER * max(channels)
-    )
+    widened = min(map(weights.channels, each.readers)) >= _WIDER * weights.channels(each.writers[0])
+    return quantized and whole and widened and bool(known_of(each, statistics, weights))
 
 
 def _half_steps(tensors: Sequence[tuple[Array, float]], writers: int) -> Array:
@@ -89,10 +80,7 @@ def _half_steps(tensors: Sequence[tuple[Array, float]], writers: int) -> Array:
         if not mine:
             continue
         tried = _CANDIDATES * min(step for _, step in mine)
-
-        def missed(offset: float, writer: int = writer, mine: Sequence[tuple[Array, float]] = mine) -> float:
-            steps = np.array([(counts[:writer] @ apart[:writer] + counts[writer] * offset) / s for counts, s in mine])
-            return float(np.square(steps - np.floor(steps) - 0.5).sum() + 1e-6 * offset**2)
-
-        apart[writer] = min(tried, key=missed)
+        steps = np.array([(counts @ apart + counts[writer] * tried) / step for counts, step in mine])
+        missed = np.square(steps - np.floor(steps) - 0.5).sum(axis=0) + 1e-6 * tried**2
+        apart[writer] = tried[missed.argmin()]
     return apart

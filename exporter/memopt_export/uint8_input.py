@@ -24,6 +24,7 @@ from memopt_export import compact as compacting
 from memopt_export import from_torch
 from memopt_export.from_torch import Exported
 from memopt_export.graph import Graph, attribute, set_nodes, wire
+from memopt_export.patches import pads
 from memopt_export.simplify import drop_unused_initializers, rename_reads
 from memopt_models.feed import Arithmetic
 from memopt_models.trace import quiet, trace
@@ -125,7 +126,7 @@ def _prepend(model: onnx.ModelProto, name: str, affine: _Affine, *, axis: int, r
 
     convolutions = _only_readers(model, name) if axis == 1 else []
     gained = bool(convolutions)
-    shifted = gained and not any(_pads(conv) for conv in convolutions)
+    shifted = gained and not any(pads(conv) for conv in convolutions)
     for conv in convolutions:
         _take_in(model, conv, affine, bias=shifted)
     last, nodes = f"{name}.float", [helper.make_node("Cast", [name], [f"{name}.float"], to=TensorProto.FLOAT)]
@@ -154,11 +155,6 @@ def _only_readers(model: onnx.ModelProto, name: str) -> list[onnx.NodeProto]:
     plain = all(weight is not None and weight.data_type == TensorProto.FLOAT for weight in weights)
     alone = len(nodes) == len(reads) and name not in wiring.outputs
     return nodes if plain and alone and all(node.op_type == "Conv" for node in nodes) else []
-
-
-def _pads(conv: onnx.NodeProto) -> bool:
-    """Whether the convolution sees zeros around the picture."""
-    return any(attribute(conv, "pads", [])) or attribute(conv, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
 
 
 def _take_in(model: onnx.ModelProto, conv: onnx.NodeProto, affine: _Affine, *, bias: bool) -> None:

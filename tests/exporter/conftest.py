@@ -9,11 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memopt.accuracy import sqnr_db
+from memopt_export.equalize import equalize
 from memopt_export.graph import Graph
+from memopt_export.placement import place
+from memopt_export.quantize import quantize
+from memopt_export.recipe import Recipe
+from memopt_export.walk import watch_all
 from memopt_models.data import Samples
 
 sys.path.append(str(Path(__file__).parent.parent / "tracing"))
 from traced import peaks, tracer  # found through the line above
+
+INT8 = Recipe("int8")
 
 
 class Net:
@@ -165,6 +173,65 @@ def run():
         return session.run(None, samples.feeds)[0]
 
     return infer
+
+
+@pytest.fixture(scope="session")
+def graph_of(net):
+    """A function: what draws a net for 3 x 8 x 8, and names its outputs or not -> the net's graph."""
+
+    def draw(what):
+        made = net(3, 8, 8)
+        return made.graph(*(what(made) or ()))
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def tensor_of():
+    """A function: a graph, the name of a tensor in it, samples -> the tensor's values."""
+
+    def read(graph, name, samples):
+        ((_, values),) = watch_all(graph.model, samples.batches(len(samples)), [name])
+        return values
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def assert_same_outputs(run):
+    """A function that asserts that two graphs compute the same on samples, up to rounding."""
+
+    def check(graph, other, samples):
+        expected, got = (run(each, samples, optimize=False) for each in (graph, other))
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def equalized():
+    """A function: a graph, samples, a recipe -> the graph as that recipe equalizes it."""
+
+    def make(graph, samples, recipe=INT8):
+        return equalize(graph, place(graph, recipe), samples.batches(8))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def gain_of_equalizing(samples_of, run):
+    """A function: a graph, a target -> how much closer to float its INT8 is with `equalize`, in dB."""
+
+    def measure(graph, target):
+        samples, held_out = samples_of(graph, 32), samples_of(graph, 32, seed=5)
+        expected = run(graph, held_out)
+        on, off = (
+            sqnr_db(run(quantize(graph, Recipe("int8", target, equalize=each), samples).graph, held_out), expected)
+            for each in (True, False)
+        )
+        return on - off
+
+    return measure
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,6 @@
 import numpy as np
 import pytest
 
-from memopt.accuracy import sqnr_db
-from memopt_export.equalize import equalize
-from memopt_export.graph import Graph
-from memopt_export.placement import place
-from memopt_export.quantize import quantize
 from memopt_export.recipe import Recipe
 
 onnx = pytest.importorskip("onnx")
@@ -167,96 +162,73 @@ def shown(net):
 STAYING = [padded_reader, padded_reader_too, padding_counted, nonlinear, shown]
 
 
-def named(draw):
-    return draw.__name__
+TENSORRT = Recipe("int8", "tensorrt")
+FORMS = pytest.mark.parametrize("recipe", [Recipe("int8"), TENSORRT], ids=lambda recipe: recipe.target)
 
 
 @pytest.fixture(scope="module")
-def drawn(net):
-    """A function: what draws a net -> its graph."""
+def channels(tensor_of):
+    """A function: a graph, samples -> the lowest and the highest value of each channel of its watched tensor."""
 
-    def draw(what):
-        made = net(3, 8, 8)
-        return made.graph(*(what(made) or ()))
+    def read(graph, samples):
+        values = tensor_of(graph, "watched.out", samples)
+        values = values.reshape(len(values), 8, -1)
+        return values.min(axis=(0, 2)), values.max(axis=(0, 2))
 
-    return draw
-
-
-def equalized(graph, samples, form="cpu"):
-    recipe = Recipe("fp8", "tensorrt") if form == "fp8" else Recipe("int8", form)
-    return equalize(graph, place(graph, recipe), samples.batches(8))
+    return read
 
 
-def channels(graph, tensor, samples, run):
-    """Lowest and highest value of each channel of a tensor."""
-    model = graph.copy_model()
-    del model.graph.output[:]
-    model.graph.output.append(onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None))
-    values = run(Graph(model, "0" * 64), samples, optimize=False)
-    values = values.reshape(len(values), 8, -1)
-    return values.min(axis=(0, 2)), values.max(axis=(0, 2))
-
-
-@pytest.mark.parametrize("form", ["cpu", "tensorrt"])
-@pytest.mark.parametrize("draw", [*MOVED, *CLIPPED, relu_and_mean], ids=named)
-def test_outputs_are_those_it_had(drawn, draw, form, samples_of, run):
-    graph = drawn(draw)
-    other = equalized(graph, samples_of(graph, 16), form)
+@FORMS
+@pytest.mark.parametrize("draw", [*MOVED, *CLIPPED, relu_and_mean])
+def test_outputs_are_those_it_had(graph_of, draw, recipe, equalized, samples_of, assert_same_outputs):
+    graph = graph_of(draw)
     samples = samples_of(graph, 16)
-    expected = run(graph, samples, optimize=False)
-    got = run(other, samples, optimize=False)
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    other = equalized(graph, samples, recipe)
+    assert_same_outputs(graph, other, samples)
     onnx.checker.check_model(other.model, full_check=True)
 
 
-@pytest.mark.parametrize("draw", MOVED, ids=named)
-def test_channels_come_to_the_middle(drawn, draw, samples_of, run):
-    graph = drawn(draw)
+@pytest.mark.parametrize("draw", MOVED)
+def test_channels_come_to_the_middle(graph_of, draw, equalized, samples_of, channels):
+    graph = graph_of(draw)
     samples = samples_of(graph, 16)
-    low, high = channels(equalized(graph, samples), "watched.out", samples, run)
+    low, high = channels(equalized(graph, samples), samples)
     assert np.abs(low + high).max() < 0.5 * (high - low).max()  # a mean shares its middle with what it is a mean of
-    before = channels(graph, "watched.out", samples, run)
+    before = channels(graph, samples)
     assert high.max() - low.min() < 0.9 * (before[1].max() - before[0].min())
 
 
-@pytest.mark.parametrize("draw", CLIPPED, ids=named)
-def test_what_a_function_cuts_off_below_uses_all_symmetric_integers(drawn, draw, samples_of, run):
-    graph = drawn(draw)
+@pytest.mark.parametrize("draw", CLIPPED)
+def test_what_a_function_cuts_off_below_uses_all_symmetric_integers(graph_of, draw, equalized, samples_of, channels):
+    graph = graph_of(draw)
     samples = samples_of(graph, 16)
-    low, high = channels(equalized(graph, samples, "tensorrt"), "watched.out", samples, run)
+    low, high = channels(equalized(graph, samples, TENSORRT), samples)
     assert low.min() < 0 < high.max()
     assert low.min() == pytest.approx(-high.max(), rel=1e-5)
-    assert channels(equalized(graph, samples), "watched.out", samples, run)[0].min() == 0  # unsigned ones do already
+    assert channels(equalized(graph, samples), samples)[0].min() == 0  # unsigned ones do already
 
 
-@pytest.mark.parametrize("form", ["cpu", "tensorrt"])
-@pytest.mark.parametrize("draw", STAYING, ids=named)
-def test_what_cannot_be_moved_stays(drawn, draw, form, samples_of):
-    graph = drawn(draw)
+@FORMS
+@pytest.mark.parametrize("draw", STAYING)
+def test_what_cannot_be_moved_stays(graph_of, draw, recipe, equalized, samples_of):
+    graph = graph_of(draw)
     bias = [onnx.numpy_helper.to_array(t) for t in graph.model.graph.initializer if t.name == "first.b"]
-    other = equalized(graph, samples_of(graph, 16), form)
+    other = equalized(graph, samples_of(graph, 16), recipe)
     scaled = [onnx.numpy_helper.to_array(t) for t in other.model.graph.initializer if t.name == "first.b"]
     assert (np.abs(scaled[0]) >= np.abs(bias[0])).all()
     assert (np.sign(scaled[0]) == np.sign(bias[0])).all()
 
 
-@pytest.mark.parametrize("draw", [linear, relu6], ids=named)
-def test_floats_of_8_bits_stay_around_zero(drawn, draw, samples_of, run):
-    graph = drawn(draw)
+@pytest.mark.parametrize("draw", [linear, relu6])
+def test_floats_of_8_bits_stay_around_zero(graph_of, draw, equalized, samples_of, channels):
+    graph = graph_of(draw)
     samples = samples_of(graph, 16)
-    before, after = (channels(each, "watched.out", samples, run) for each in (graph, equalized(graph, samples, "fp8")))
+    before, after = (channels(each, samples) for each in (graph, equalized(graph, samples, Recipe("fp8", "tensorrt"))))
     assert (np.sign(after) == np.sign(before)).all()
 
 
 @pytest.mark.parametrize(
     ("draw", "target"), [(linear, "cpu"), (linear, "tensorrt"), (sums, "cpu"), (relu6, "tensorrt")]
 )
-def test_quantized_it_is_closer_to_float(drawn, draw, target, samples_of, run):
-    graph = drawn(draw)
-    samples, held_out = samples_of(graph, 32), samples_of(graph, 32, seed=5)
-    expected = run(graph, held_out)
-    close = {
-        on: sqnr_db(run(quantize(graph, Recipe("int8", target, equalize=on), samples).graph, held_out), expected)
-        for on in (True, False)
-    }
-    assert close[True] > close[False] + 1
+def test_quantized_it_is_closer_to_float(graph_of, draw, target, gain_of_equalizing):
+    assert gain_of_equalizing(graph_of(draw), target) > 1

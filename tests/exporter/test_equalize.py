@@ -1,11 +1,8 @@
 import numpy as np
 import pytest
 
-from memopt.accuracy import sqnr_db
 from memopt_export.equalize import equalize
-from memopt_export.graph import Graph
 from memopt_export.placement import place
-from memopt_export.quantize import quantize
 from memopt_export.recipe import Recipe
 
 onnx = pytest.importorskip("onnx")
@@ -291,55 +288,26 @@ LEFT_ALONE = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def drawn(net):
-    """A function: what draws a net -> the net, and its outputs where it names some."""
-
-    def draw(what):
-        made = net(3, 8, 8)
-        return made, what(made) or ()
-
-    return draw
-
-
-def equalized(graph, samples, target="cpu"):
-    return equalize(graph, place(graph, Recipe("int8", target)), samples.batches(8))
-
-
-def named(draw):
-    return draw.__name__
-
-
-@pytest.fixture(scope="module", params=TOUCHED, ids=named)
-def pair(request, drawn, samples_of):
-    """A graph, the equalized one, and a tensor between layers with its samples."""
-    made, outputs = drawn(request.param)
-    graph = made.graph(*outputs)
+@pytest.fixture(scope="module", params=TOUCHED)
+def pair(request, graph_of, equalized, samples_of):
+    """A graph, and the equalized one."""
+    graph = graph_of(request.param)
     return graph, equalized(graph, samples_of(graph, 16))
 
 
-def test_outputs_are_those_it_had(pair, samples_of, run):
-    graph, other = pair
-    samples = samples_of(graph, seed=5)
-    expected = run(graph, samples, optimize=False)
-    np.testing.assert_allclose(
-        run(other, samples, optimize=False), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max()
-    )
+def test_outputs_are_those_it_had(pair, samples_of, assert_same_outputs):
+    assert_same_outputs(*pair, samples_of(pair[0], seed=5))
 
 
-def watched(graph, samples, run):
-    """The largest magnitude of each channel of the tensor called watched."""
-    model = graph.copy_model()
-    del model.graph.output[:]
-    model.graph.output.append(onnx.helper.make_tensor_value_info("watched.out", onnx.TensorProto.FLOAT, None))
-    values = run(Graph(model, "0" * 64), samples, optimize=False)
+def largest(values):
+    """The largest magnitude of each channel."""
     return np.abs(values).max(axis=(0, *range(2, values.ndim)))
 
 
-def test_channels_come_closer(pair, samples_of, run):
+def test_channels_come_closer(pair, samples_of, tensor_of):
     graph, other = pair
     samples = samples_of(graph, 16)
-    before, after = (watched(each, samples, run) for each in pair)
+    before, after = (largest(tensor_of(each, "watched.out", samples)) for each in pair)
     assert (after >= before * 0.999).all()
     assert after.max() <= before.max() * 1.001
     assert after.max() / after.min() < before.max() / before.min() / 2
@@ -361,14 +329,13 @@ def test_weights_keep_their_names_where_nobody_else_reads_them(pair):
     assert [node.op_type for node in other.model.graph.node] == [node.op_type for node in graph.model.graph.node]
 
 
-@pytest.mark.parametrize("draw", LEFT_ALONE, ids=named)
-def test_what_does_not_commute_with_scaling_is_left_byte_for_byte(drawn, draw, samples_of):
-    made, outputs = drawn(draw)
-    graph = made.graph(*outputs)
+@pytest.mark.parametrize("draw", LEFT_ALONE)
+def test_what_does_not_commute_with_scaling_is_left_byte_for_byte(graph_of, draw, equalized, samples_of):
+    graph = graph_of(draw)
     assert equalized(graph, samples_of(graph, 16)).data == graph.data
 
 
-def test_even_channels_are_left_alone(net, samples_of):
+def test_even_channels_are_left_alone(net, equalized, samples_of):
     made = net(3, 8, 8)
     made.conv(8, name="first")
     made.arrays["first.w"] = np.repeat(made.arrays["first.w"][:1], 8, axis=0)
@@ -379,7 +346,7 @@ def test_even_channels_are_left_alone(net, samples_of):
     assert equalized(graph, samples_of(graph)).data == graph.data
 
 
-def test_a_dead_channel_is_scaled_to_finite_numbers(net, samples_of, run):
+def test_a_dead_channel_is_scaled_to_finite_numbers(net, equalized, samples_of, run):
     made = net(3, 8, 8)
     first(made)
     made.arrays["first.w"][3] = 0
@@ -394,18 +361,12 @@ def test_a_dead_channel_is_scaled_to_finite_numbers(net, samples_of, run):
 
 
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])
-def test_quantized_it_is_closer_to_float_where_channels_were_uneven(drawn, samples_of, run, target):
+def test_quantized_it_is_closer_to_float_where_channels_were_uneven(net, gain_of_equalizing, target):
     """Every channel counts the same behind the second layer, whose weights make up for what the first one's lack."""
-    made, _ = drawn(relu)
+    made = net(3, 8, 8)
+    relu(made)
     made.arrays["second.w"] = made.arrays["second.w"] / UNEVEN[None, :, None, None]
-    graph = made.graph()
-    samples, held_out = samples_of(graph, 32), samples_of(graph, 32, seed=5)
-    expected = run(graph, held_out)
-    close = {
-        on: sqnr_db(run(quantize(graph, Recipe("int8", target, equalize=on), samples).graph, held_out), expected)
-        for on in (True, False)
-    }
-    assert close[True] > close[False] + 1
+    assert gain_of_equalizing(made.graph(), target) > 1
 
 
 def test_cuts_change_nothing(cnn, samples_of):

@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 
 from memopt.accuracy import sqnr_db
 from memopt_export import twofold
-from memopt_export.equalize import equalize
-from memopt_export.placement import place
 from memopt_export.quantize import quantize
 from memopt_export.recipe import Recipe
 
@@ -85,27 +83,9 @@ def behind_a_function(net):
 SINGLE = [wide, grouped_reader, padded_reader, behind_a_function]
 
 
-def named(draw):
-    return draw.__name__
-
-
 @pytest.fixture
 def at_any_price(monkeypatch):
     monkeypatch.setattr(twofold, "_PRICE", 2.0)
-
-
-@pytest.fixture(scope="module")
-def drawn(net):
-    def draw(what):
-        made = net(3, 8, 8)
-        what(made)
-        return made.graph()
-
-    return draw
-
-
-def equalized(graph, samples, recipe):
-    return equalize(graph, place(graph, recipe), samples.batches(8))
 
 
 def first_channels(graph):
@@ -121,48 +101,49 @@ RECIPES = [Recipe("int8"), Recipe("int8", "tensorrt")]
 @pytest.mark.parametrize(
     ("draw", "recipe"),
     [*itertools.product(DOUBLED, RECIPES), (flattened_for_a_plain_gemm, RECIPES[0])],  # TensorRT rounds behind Flatten
-    ids=lambda given: getattr(given, "target", None) or named(given),
+    ids=lambda given: getattr(given, "target", None),
 )
-def test_outputs_are_those_it_had_and_noise_falls(drawn, draw, recipe, samples_of, run, monkeypatch):
-    graph = drawn(draw)
+def test_outputs_are_those_it_had_and_noise_falls(
+    graph_of, draw, recipe, equalized, samples_of, assert_same_outputs, run, monkeypatch
+):
+    graph = graph_of(draw)
     calibration, samples = samples_of(graph, 32), samples_of(graph, 32, seed=5)
     other = equalized(graph, calibration, recipe)
     assert first_channels(other) == 8
-    expected = run(graph, samples, optimize=False)
-    got = run(other, samples, optimize=False)
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert_same_outputs(graph, other, samples)
     onnx.checker.check_model(other.model, full_check=True)
+    expected = run(graph, samples, optimize=False)
     finer = sqnr_db(run(quantize(graph, recipe, calibration).graph, samples), expected)
     monkeypatch.setattr(twofold, "_PRICE", 0.0)
     assert finer > sqnr_db(run(quantize(graph, recipe, calibration).graph, samples), expected) - 0.5
 
 
 @pytest.mark.usefixtures("at_any_price")
-@pytest.mark.parametrize("draw", SINGLE, ids=named)
-def test_what_is_not_narrow_stays_single(drawn, draw, samples_of):
-    graph = drawn(draw)
+@pytest.mark.parametrize("draw", SINGLE)
+def test_what_is_not_narrow_stays_single(graph_of, draw, equalized, samples_of):
+    graph = graph_of(draw)
     channels = first_channels(graph)
-    assert first_channels(equalized(graph, samples_of(graph), Recipe("int8"))) == channels
+    assert first_channels(equalized(graph, samples_of(graph))) == channels
 
 
 @pytest.mark.usefixtures("at_any_price")
 @pytest.mark.parametrize(
     "recipe", [Recipe("fp8", "tensorrt"), Recipe("int8", exclude=("first",))], ids=["fp8", "float layer"]
 )
-def test_what_has_no_steps_stays_single(drawn, recipe, samples_of):
-    graph = drawn(bottleneck)
+def test_what_has_no_steps_stays_single(graph_of, recipe, equalized, samples_of):
+    graph = graph_of(bottleneck)
     assert first_channels(equalized(graph, samples_of(graph), recipe)) == 4
 
 
-def test_what_costs_too_much_stays_single(drawn, samples_of):
-    graph = drawn(bottleneck)
-    assert first_channels(equalized(graph, samples_of(graph), Recipe("int8"))) == 4
+def test_what_costs_too_much_stays_single(graph_of, equalized, samples_of):
+    graph = graph_of(bottleneck)
+    assert first_channels(equalized(graph, samples_of(graph))) == 4
 
 
 @pytest.mark.usefixtures("at_any_price")
-def test_steps_are_halved(drawn, samples_of, run, monkeypatch):
+def test_steps_are_halved(graph_of, equalized, samples_of, tensor_of, run, monkeypatch):
     """Where the one tensor's rounding is all the noise there is, 6 dB."""
-    graph = drawn(bottleneck)
+    graph = graph_of(bottleneck)
     samples = samples_of(graph, 64)
     noise = {}
     for price in (0.0, 2.0):
@@ -170,19 +151,12 @@ def test_steps_are_halved(drawn, samples_of, run, monkeypatch):
         other = equalized(graph, samples, Recipe("int8"))
         first, second = (node for node in other.model.graph.node if node.op_type == "Conv")
         exact, rounded = (other.copy_model() for _ in range(2))
-        step = run_tensor(other, first.output[0], samples, run)
-        scale = np.asarray((step.max() - step.min()) / 255, np.float32)
+        values = tensor_of(other, first.output[0], samples)
+        scale = np.asarray((values.max() - values.min()) / 255, np.float32)
         pair(rounded, first.output[0], second.name, scale)
         got, expected = (run(other.with_model(each), samples, optimize=False) for each in (rounded, exact))
         noise[price] = sqnr_db(got, expected)
     assert noise[2.0] - noise[0.0] == pytest.approx(6, abs=1)
-
-
-def run_tensor(graph, name, samples, run):
-    model = graph.copy_model()
-    del model.graph.output[:]
-    model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    return run(graph.with_model(model), samples, optimize=False)
 
 
 def pair(model, tensor, reader, scale):
